@@ -1,0 +1,432 @@
+"""Every setting of a run, as frozen dataclasses that refuse what cannot work.
+
+A section's fields say their type, default and allowed values; one checker turns a violation into one
+sentence that names the key, the value and what is allowed. The server composes a :class:`RunConfig`
+once; its :class:`TrainingPlan` is what a client needs and travels, flat, with every train message.
+
+Units: images are in [0, 1], so ``sigma``, ``epsilon`` and radii are l2 lengths in [0, 1] pixel units.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fedsmooth_core.errors import ConfigError
+
+Scalar = str | int | float | bool
+T = TypeVar("T")
+
+
+class Allowed(NamedTuple):
+    """A set of values: how to say it, and how to test it."""
+
+    text: str
+    test: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Allowed:
+    return Allowed(f"a number >= {low}", lambda value: value >= low)
+
+
+def above(low: float) -> Allowed:
+    return Allowed(f"a number > {low}", lambda value: value > low)
+
+
+def within(low: float, high: float) -> Allowed:
+    return Allowed(f"a number in [{low}, {high}]", lambda value: low <= value <= high)
+
+
+def above_up_to(low: float, high: float) -> Allowed:
+    return Allowed(f"a number in ({low}, {high}]", lambda value: low < value <= high)
+
+
+def from_below(low: float, high: float) -> Allowed:
+    return Allowed(f"a number in [{low}, {high})", lambda value: low <= value < high)
+
+
+def strictly_between(low: float, high: float) -> Allowed:
+    return Allowed(f"a number in ({low}, {high})", lambda value: low < value < high)
+
+
+def one_of(*options: str) -> Allowed:
+    return Allowed("one of " + ", ".join(options), lambda value: value in options)
+
+
+def setting(default: T, allowed: Allowed) -> T:
+    """Declare a field with its default and the values it allows (None is always tested apart)."""
+    value: T = field(default=default, metadata={"allowed": allowed})
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return " or ".join("null" if option is type(None) else names[option] for option in options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+class Section:
+    """Base of every group of settings: checks types and allowed values when it is made."""
+
+    def __post_init__(self) -> None:
+        prefix = _prefix(type(self))
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            hint = hints[item.name]
+            if isinstance(hint, type) and issubclass(hint, Section):
+                continue
+            value = getattr(self, item.name)
+            key = f"{prefix}{item.name}"
+            if not _fits(value, hint):
+                raise ConfigError(
+                    f"{key}={value!r} has the wrong type: allowed is {_type_name(hint)}."
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key}={value!r} is not finite: allowed is a finite number.")
+            allowed: Allowed | None = item.metadata.get("allowed")
+            if value is not None and allowed is not None and not allowed.test(value):
+                raise ConfigError(f"{key}={value!r} is out of range: allowed is {allowed.text}.")
+            if hint is float and isinstance(value, int):
+                object.__setattr__(self, item.name, float(value))
+
+
+def _prefix(cls: type) -> str:
+    name = getattr(cls, "SECTION", "")
+    return f"{name}." if name else ""
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Section):
+    """Which images, where they are, and how training images are augmented."""
+
+    SECTION = "dataset"
+    name: str = "digits"
+    root: str = "~/.cache/fedsmooth"
+    """Folder of the data set and of its decoded cache (for ``imagefolder``: what holds train/, test/)."""
+    image_size: int | None = setting(None, at_least(1))
+    """Side in pixels that ``imagefolder`` images are resized to; null keeps their one native size."""
+    flip: bool = False
+    """Mirror each training image left to right with probability 1/2."""
+    crop_padding: int = setting(0, at_least(0))
+    """Crop each training image at random after padding it with this many black pixels a side."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig(Section):
+    """Who holds which training samples (the paper's section on data heterogeneity)."""
+
+    SECTION = "partition"
+    scheme: str = setting("major_class", one_of("major_class", "iid", "dirichlet"))
+    num_clients: int = setting(10, at_least(1))
+    samples_per_client: int | None = setting(None, at_least(1))
+    """Distinct samples a client holds; null divides the training set's size by ``num_clients``."""
+    gamma: float = setting(0.1, within(0, 1))
+    """Share of a client's samples from its one major class (``major_class``)."""
+    concentration: float = setting(0.5, above(0))
+    """Dirichlet concentration (``dirichlet``): small is heterogeneous, large is like iid."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Architecture (a name of the model registry) and how its weights start."""
+
+    SECTION = "model"
+    name: str = "small_cnn"
+    init: str = setting("he", one_of("he", "default"))
+
+
+@dataclass(frozen=True)
+class SmoothingConfig(Section):
+    """Gaussian smoothing in training: d ~ N(0, sigma^2 I), m draws an image (eq. 1)."""
+
+    SECTION = "smoothing"
+    sigma: float = setting(0.25, at_least(0))
+    num_noise_vectors: int = setting(2, at_least(1))
+
+
+@dataclass(frozen=True)
+class AttackConfig(Section):
+    """The inner maximisation of SmoothAdv: T projected steps in the l2 ball of radius epsilon."""
+
+    SECTION = "attack"
+    attack_steps: int = setting(2, at_least(0))
+    step_rule: str = setting("gradient", one_of("gradient", "normalized"))
+    step_size: float = setting(0.01, above(0))
+    epsilon: float | None = setting(None, at_least(0))
+    """l2 budget in [0, 1] pixel units. Give this or ``epsilon_255``, never both."""
+    epsilon_255: float | None = setting(128.0, at_least(0))
+    """l2 budget in units of 1/255: 128 means 128/255."""
+    estimator: str = setting("stochastic", one_of("stochastic", "one_point"))
+    variance_reduction: str = setting("none", one_of("none", "antithetic", "leave_one_out"))
+    """For ``one_point`` alone; both keep the estimate unbiased."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.epsilon is None) == (self.epsilon_255 is None):
+            raise ConfigError(
+                f"attack.epsilon={self.epsilon} and attack.epsilon_255={self.epsilon_255}: exactly one "
+                "must be a number and the other null, e.g. attack.epsilon_255=128 attack.epsilon=null."
+            )
+        if self.epsilon is not None and self.epsilon >= 16:
+            raise ConfigError(
+                f"attack.epsilon={self.epsilon} is in [0, 1] pixel units, where 16 and more is no small "
+                "perturbation: for 1/255 units set attack.epsilon_255 and attack.epsilon=null."
+            )
+        if self.epsilon_255 is not None and 0 < self.epsilon_255 < 1:
+            raise ConfigError(
+                f"attack.epsilon_255={self.epsilon_255} is in units of 1/255, where less than 1 is below "
+                "one grey level: for [0, 1] units set attack.epsilon and attack.epsilon_255=null."
+            )
+        if self.variance_reduction != "none" and self.estimator != "one_point":
+            raise ConfigError(
+                f"attack.variance_reduction={self.variance_reduction!r} belongs to the one-point "
+                "estimator: set attack.estimator=one_point or attack.variance_reduction=none."
+            )
+
+    @property
+    def l2_budget(self) -> float:
+        """The paper's epsilon, in [0, 1] pixel units."""
+        if self.epsilon is not None:
+            return self.epsilon
+        assert self.epsilon_255 is not None
+        return self.epsilon_255 / 255
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """LocalTrain: E mini-batches of B samples, SGD; momentum restarts every round."""
+
+    SECTION = "training"
+    local_steps: int = setting(20, at_least(1))
+    batch_size: int = setting(30, at_least(1))
+    learning_rate: float = setting(0.01, above(0))
+    momentum: float = setting(0.9, from_below(0, 1))
+    weight_decay: float = setting(0.0, at_least(0))
+    loss: str = setting("smoothed", one_of("smoothed", "cross_entropy"))
+
+
+@dataclass(frozen=True)
+class FederationConfig(Section):
+    """The server's side: rounds, cohorts, what a reply may be, how often a checkpoint is written."""
+
+    SECTION = "federation"
+    num_rounds: int = setting(30, at_least(1))
+    cohort_fraction: float = setting(0.5, above_up_to(0, 1))
+    """Share of the clients sampled in a round (at least one client)."""
+    checkpoint_every: int = setting(5, at_least(1))
+    max_num_examples: int = setting(1_000_000, at_least(1))
+    """A reply that claims more training samples than this is refused."""
+    reply_timeout_seconds: float = setting(3600.0, above(0))
+    connect_timeout_seconds: float = setting(300.0, above(0))
+    """How long the server waits for all of ``partition.num_clients`` to connect."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Clean and noisy test accuracy of the global model, on the server."""
+
+    SECTION = "evaluation"
+    every: int = setting(5, at_least(0))
+    """Rounds between two evaluations; 0 evaluates at the end alone."""
+    batch_size: int = setting(500, at_least(1))
+
+
+@dataclass(frozen=True)
+class CertificationConfig(Section):
+    """CERTIFY (Cohen et al. 2019): n0 draws select a class, n fresh draws bound its probability."""
+
+    SECTION = "certification"
+    at_end: bool = True
+    """Certify the final model as the last part of a run."""
+    sigma: float | None = setting(None, above(0))
+    """Noise level of the certified classifier; null takes ``smoothing.sigma``."""
+    n0: int = setting(100, at_least(1))
+    n: int = setting(100_000, at_least(1))
+    alpha: float = setting(0.001, strictly_between(0, 1))
+    num_images: int | None = setting(None, at_least(1))
+    """Test images to certify, evenly spaced (every k-th); null certifies all of them."""
+    batch_size: int = setting(1024, at_least(1))
+    """Noisy images in one forward pass. Changes the speed, never a certificate."""
+    radius_step: float = setting(0.25, above(0))
+    """Grid step of the printed table."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig(Section):
+    """Facts of the machine that runs the server or the simulation; they change no result's meaning."""
+
+    SECTION = "runtime"
+    device: str = setting("auto", one_of("auto", "cpu", "cuda"))
+    threads: int | None = setting(None, at_least(1))
+    """CPU threads of PyTorch; null leaves its default."""
+
+
+def _section(cls: type[T]) -> T:
+    value: T = field(default_factory=cls)
+    return value
+
+
+@dataclass(frozen=True)
+class TrainingPlan(Section):
+    """What a client must know to train: federation-wide facts, sent by the server with each message."""
+
+    seed: int = setting(0, within(0, 2**62))
+    dataset: DatasetConfig = _section(DatasetConfig)
+    partition: PartitionConfig = _section(PartitionConfig)
+    model: ModelConfig = _section(ModelConfig)
+    smoothing: SmoothingConfig = _section(SmoothingConfig)
+    attack: AttackConfig = _section(AttackConfig)
+    training: TrainingConfig = _section(TrainingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attack.attack_steps and self.attack.estimator == "one_point":
+            if self.smoothing.sigma == 0:
+                raise ConfigError(
+                    "attack.estimator='one_point' divides by sigma^2, but smoothing.sigma=0: allowed is "
+                    "smoothing.sigma > 0, attack.estimator=stochastic, or attack.attack_steps=0."
+                )
+            if (
+                self.attack.variance_reduction == "leave_one_out"
+                and self.smoothing.num_noise_vectors < 2
+            ):
+                raise ConfigError(
+                    "attack.variance_reduction='leave_one_out' compares noise draws, but "
+                    "smoothing.num_noise_vectors=1: allowed is smoothing.num_noise_vectors >= 2."
+                )
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainingPlan):
+    """Everything about a run: the training plan, and what the server alone needs."""
+
+    name: str = "run"
+    run_dir: str | None = None
+    """Folder of everything the run leaves behind; null makes a new one under ``runs/``."""
+    resume: bool = False
+    """Continue the interrupted run in ``run_dir`` after its last checkpoint."""
+    federation: FederationConfig = _section(FederationConfig)
+    evaluation: EvaluationConfig = _section(EvaluationConfig)
+    certification: CertificationConfig = _section(CertificationConfig)
+    runtime: RuntimeConfig = _section(RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.run_dir is None:
+            raise ConfigError("resume=true needs the run to continue: set run_dir=<its folder>.")
+        if self.certification.at_end and not self.certified_sigma:
+            raise ConfigError(
+                "smoothing.sigma=0 leaves nothing to certify with: set certification.sigma > 0 "
+                "or certification.at_end=false."
+            )
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The part that clients receive."""
+        return TrainingPlan(
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(TrainingPlan)}
+        )
+
+    @property
+    def certified_sigma(self) -> float:
+        """Noise level that the final model is certified with."""
+        return self.certification.sigma or self.smoothing.sigma
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients sampled in a round: the fraction of all clients, at least one."""
+        return max(1, round(self.federation.cohort_fraction * self.partition.num_clients))
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def from_nested(cls: type[SectionT], values: Mapping[str, Any], where: str = "") -> SectionT:
+    """Build a section from nested mappings; what is absent keeps its default.
+
+    Raises:
+        ConfigError: for an unknown key (with the nearest known one), a wrong type or value.
+    """
+    hints = get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names]))
+        hint = hints[key]
+        if isinstance(hint, type) and issubclass(hint, Section):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{where}{key}={value!r} has the wrong type: allowed is a group of settings."
+                )
+            value = from_nested(hint, value, f"{where}{key}.")
+        arguments[key] = value
+    return cls(**arguments)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """Say that a key is unknown, and which were meant or are allowed."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(known))}."
+    return f"{key} is not a setting: {hint}"
+
+
+def to_nested(section: Section) -> dict[str, Any]:
+    """Return the settings as nested dicts of scalars and None: what a config file holds."""
+    return dataclasses.asdict(section)  # type: ignore[call-overload,no-any-return]
+
+
+def to_flat(section: Section, prefix: str = "") -> dict[str, Scalar]:
+    """Return the settings as one flat dict of scalars under kebab-case keys; None is left out."""
+    flat: dict[str, Scalar] = {}
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, item.name)
+        key = prefix + item.name.replace("_", "-")
+        if isinstance(value, Section):
+            flat.update(to_flat(value, f"{key}."))
+        elif value is not None:
+            flat[key] = value
+    return flat
+
+
+def from_flat(cls: type[SectionT], flat: Mapping[str, Any]) -> SectionT:
+    """Invert :func:`to_flat`: every setting must be there, but for those that may be None.
+
+    Raises:
+        ConfigError: for a missing or unknown key, a wrong type or value.
+    """
+    rest = dict(flat)
+    section = _take(cls, rest, "")
+    if rest:
+        raise ConfigError(unknown_key(min(rest), sorted(to_flat(section))))
+    return section
+
+
+def _take(cls: type[SectionT], rest: dict[str, Any], prefix: str) -> SectionT:
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        key = prefix + item.name.replace("_", "-")
+        hint = hints[item.name]
+        if isinstance(hint, type) and issubclass(hint, Section):
+            arguments[item.name] = _take(hint, rest, f"{key}.")
+        elif key in rest:
+            arguments[item.name] = rest.pop(key)
+        elif _fits(None, hint):
+            arguments[item.name] = None
+        else:
+            raise ConfigError(f"{key} is missing from the settings that were received.")
+    return cls(**arguments)

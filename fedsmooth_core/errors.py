@@ -1,0 +1,21 @@
+"""What can go wrong, as one clear sentence for the person who has to mend it."""
+
+
+class FedSmoothError(Exception):
+    """Base of every error whose message is meant for a user, not for a stack trace."""
+
+
+class ConfigError(FedSmoothError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+class DataError(FedSmoothError):
+    """A data set, partition or image file cannot be used."""
+
+
+class CheckpointError(FedSmoothError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class CertificationError(FedSmoothError):
+    """A certification cannot start, continue, or be read back."""
