@@ -13,7 +13,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedsmooth_core.errors import ConfigError
 
@@ -99,7 +99,7 @@ class Section:
             allowed: Allowed | None = item.metadata.get("allowed")
             if value is not None and allowed is not None and not allowed.test(value):
                 raise ConfigError(f"{key}={value!r} is out of range: allowed is {allowed.text}.")
-            if hint is float and isinstance(value, int):
+            if float in (hint, *get_args(hint)) and isinstance(value, int):
                 object.__setattr__(self, item.name, float(value))
 
 
@@ -274,22 +274,17 @@ class RuntimeConfig(Section):
     """CPU threads of PyTorch; null leaves its default."""
 
 
-def _section(cls: type[T]) -> T:
-    value: T = field(default_factory=cls)
-    return value
-
-
 @dataclass(frozen=True)
 class TrainingPlan(Section):
     """What a client must know to train: federation-wide facts, sent by the server with each message."""
 
     seed: int = setting(0, within(0, 2**62))
-    dataset: DatasetConfig = _section(DatasetConfig)
-    partition: PartitionConfig = _section(PartitionConfig)
-    model: ModelConfig = _section(ModelConfig)
-    smoothing: SmoothingConfig = _section(SmoothingConfig)
-    attack: AttackConfig = _section(AttackConfig)
-    training: TrainingConfig = _section(TrainingConfig)
+    dataset: DatasetConfig = DatasetConfig()
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig = ModelConfig()
+    smoothing: SmoothingConfig = SmoothingConfig()
+    attack: AttackConfig = AttackConfig()
+    training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -318,10 +313,10 @@ class RunConfig(TrainingPlan):
     """Folder of everything the run leaves behind; null makes a new one under ``runs/``."""
     resume: bool = False
     """Continue the interrupted run in ``run_dir`` after its last checkpoint."""
-    federation: FederationConfig = _section(FederationConfig)
-    evaluation: EvaluationConfig = _section(EvaluationConfig)
-    certification: CertificationConfig = _section(CertificationConfig)
-    runtime: RuntimeConfig = _section(RuntimeConfig)
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    certification: CertificationConfig = CertificationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

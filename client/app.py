@@ -1,0 +1,113 @@
+"""The ClientApp: unpack a message, find this device's data, call the core, pack the reply."""
+
+import time
+from functools import lru_cache
+
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from torch import nn
+
+from client.local_data import local_data, simulated_partition
+from fedsmooth_core import wire
+from fedsmooth_core.config import TrainingPlan, from_flat
+from fedsmooth_core.device import choose_device
+from fedsmooth_core.errors import ConfigError, FedSmoothError
+from fedsmooth_core.models import ModelSpec, build_model
+from fedsmooth_core.training import local_train
+
+app = ClientApp()
+
+
+@app.query()
+def describe(message: Message, context: Context) -> Message:
+    """Tell the server which partition this node is; a real device has none."""
+    try:
+        partition = simulated_partition(context.node_config)
+    except FedSmoothError as error:
+        return _refusal(error, message)
+    answer = ConfigRecord()
+    if partition is not None:
+        answer[wire.PARTITION_ID], answer[wire.NUM_PARTITIONS] = partition
+    return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One client's round: LocalTrain from the global weights on this device's data."""
+    started = time.perf_counter()
+    try:
+        plan, spec, client, server_round = _read(message)
+        device = choose_device(str(context.node_config.get(wire.DEVICE, "auto")))
+        data = local_data(context.node_config, plan, client, device)
+        model = _load_model(spec, message.content.array_records[wire.ARRAYS], device)
+        result = local_train(model, data, plan, server_round, client)
+    except FedSmoothError as error:
+        return _refusal(error, message)
+    metrics = MetricRecord(
+        {
+            wire.NUM_EXAMPLES: data.num_examples,
+            wire.TRAIN_LOSS: result.loss,
+            wire.TRAIN_ACCURACY: result.accuracy,
+            wire.TRAIN_SECONDS: time.perf_counter() - started,
+        }
+    )
+    arrays = ArrayRecord(model.state_dict())
+    return Message(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}), reply_to=message)
+
+
+def _read(message: Message) -> tuple[TrainingPlan, ModelSpec, int, int]:
+    """Return the training plan, model specification, client number and round of a train message."""
+    config = message.content.config_records.get(wire.CONFIG)
+    if config is None or wire.ARRAYS not in message.content.array_records:
+        raise ConfigError(
+            f"The server's message lacks its '{wire.CONFIG}' or '{wire.ARRAYS}' record: server and "
+            "client must be of the same version."
+        )
+
+    def part(prefix: str) -> dict[str, object]:
+        return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+
+    numbers = [config.get(key) for key in (wire.PARTITION_ID, wire.SERVER_ROUND)]
+    match numbers:
+        case [int(client), int(server_round)]:
+            plan = from_flat(TrainingPlan, part(wire.PLAN_PREFIX))
+            return plan, from_flat(ModelSpec, part(wire.SPEC_PREFIX)), client, server_round
+    raise ConfigError(
+        f"The server's message has {wire.PARTITION_ID}={numbers[0]!r} and "
+        f"{wire.SERVER_ROUND}={numbers[1]!r}: allowed are integers."
+    )
+
+
+@lru_cache(maxsize=2)
+def _skeleton(spec: ModelSpec, device: torch.device) -> nn.Module:
+    """Build an architecture once a process; every message overwrites all its weights and buffers."""
+    channels = spec.channels
+    model = build_model(spec, [0.0] * channels, [1.0] * channels, torch.Generator())
+    return model.to(device)
+
+
+def _load_model(spec: ModelSpec, arrays: ArrayRecord, device: torch.device) -> nn.Module:
+    model = _skeleton(spec, device)
+    try:
+        model.load_state_dict(arrays.to_torch_state_dict(), strict=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The server's weights do not fit the architecture {spec.name!r} of this client: server "
+            f"and client must be of the same version ({' '.join(str(error).split())})."
+        ) from error
+    return model
+
+
+def _refusal(error: FedSmoothError, message: Message) -> Message:
+    """Answer with the sentence alone; the server names the client beside it."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)

@@ -1,0 +1,1 @@
+"""Hydra configuration groups; ``config.yaml`` composes them."""

@@ -1,0 +1,93 @@
+"""SmoothAdv's inner maximisation: a few projected steps against the smoothed classifier.
+
+Salman et al., NeurIPS 2019, with the paper's two gradient estimators. The loop is here; the estimator
+and the step rule are parts that are passed in. Without steps it returns the clean images, without
+noise it is the classic l2 PGD attack: the paper's ablations need no other code.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedsmooth_core.config import AttackConfig
+from fedsmooth_core.estimators import GradientEstimator
+
+StepRule = Callable[[Tensor, float], Tensor]
+
+
+def _norms(x: Tensor) -> Tensor:
+    """L2 norm of each image of (B, C, H, W), shaped (B, 1, 1, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+    return norms
+
+
+def gradient_step(gradient: Tensor, step_size: float) -> Tensor:
+    """Move by ``step_size`` times the gradient: the paper's 'inner learning rate'."""
+    return step_size * gradient
+
+
+def normalized_step(gradient: Tensor, step_size: float) -> Tensor:
+    """Move by an l2 length of ``step_size`` (Salman et al. take 2 epsilon / T); a zero gradient stays."""
+    return step_size * gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+STEP_RULES: dict[str, StepRule] = {"gradient": gradient_step, "normalized": normalized_step}
+
+
+def project_l2(x: Tensor, center: Tensor, epsilon: float) -> Tensor:
+    """Return the nearest point of each image's l2 ball of radius ``epsilon`` around ``center``."""
+    delta = x - center
+    norms = _norms(delta)
+    # Inside the ball nothing may change, not even by rounding.
+    scale = torch.where(norms > epsilon, epsilon / norms.clamp_min(1e-30), 1.0)
+    return center + scale * delta
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Attack the classifier as it will be used: running statistics fixed, no weight gradients."""
+    was_training = model.training
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    model.eval()
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+        model.train(was_training)
+
+
+def smoothadv_attack(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    estimator: GradientEstimator,
+    config: AttackConfig,
+) -> Tensor:
+    """Return adversarial images against the smoothed classifier.
+
+    Args:
+        model: the base classifier F; evaluated in eval mode, left as it was.
+        x: clean images (B, C, H, W) in [0, 1].
+        labels: (B,) int64.
+        noise: (m, B, C, H, W), the same draws in every step.
+        estimator: gives an ascent direction of J.
+        config: T, step rule, step size and l2 budget.
+
+    Returns:
+        Images (B, C, H, W) in [0, 1] within the l2 budget of ``x``. The noisy copies are not clipped.
+    """
+    step_rule = STEP_RULES[config.step_rule]
+    x_adv = x
+    with _frozen(model):
+        for _ in range(config.attack_steps):
+            gradient = estimator(model, x_adv, labels, noise)
+            x_adv = x_adv + step_rule(gradient, config.step_size)
+            # Clipping to [0, 1] moves no pixel away from x, so the point stays in the ball.
+            x_adv = project_l2(x_adv, x, config.l2_budget).clamp(0, 1)
+    return x_adv

@@ -1,0 +1,1 @@
+"""Certification by randomized smoothing (Cohen et al. 2019): bounds, CERTIFY, PREDICT, analysis."""

@@ -1,0 +1,170 @@
+"""The published format of certification rows: `idx label predict radius correct time`, tabs."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsmooth_core.errors import CertificationError
+
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+HEADER = "\t".join(COLUMNS)
+
+# How Cohen et al.'s code prints a duration: str(datetime.timedelta).
+_TIMEDELTA = re.compile(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class CertifiedRow:
+    """What is certified for one image: one line of the published format."""
+
+    idx: int
+    """Index of the image in its data set."""
+    label: int
+    """True class."""
+    predict: int
+    """Class of the smoothed classifier, or ``ABSTAIN``."""
+    radius: float
+    """Certified l2 radius in [0, 1] pixel units; 0 where the row abstains."""
+    correct: int
+    """1 if ``predict`` is ``label``, else 0."""
+    time: float
+    """Seconds spent on the image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Certification rows as columns: NumPy arrays of one length, int64 or float64."""
+
+    idx: NDArray[np.int64]
+    label: NDArray[np.int64]
+    predict: NDArray[np.int64]
+    radius: NDArray[np.float64]
+    correct: NDArray[np.int64]
+    time: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    @classmethod
+    def of(cls, rows: Iterable[CertifiedRow]) -> "Rows":
+        """Gather single rows, in their order."""
+        kept = list(rows)
+        return cls(
+            idx=np.array([row.idx for row in kept], np.int64),
+            label=np.array([row.label for row in kept], np.int64),
+            predict=np.array([row.predict for row in kept], np.int64),
+            radius=np.array([row.radius for row in kept], np.float64),
+            correct=np.array([row.correct for row in kept], np.int64),
+            time=np.array([row.time for row in kept], np.float64),
+        )
+
+
+def format_row(row: CertifiedRow) -> str:
+    """Return the row's line, without its end; floats are written so that they read back exactly."""
+    return "\t".join(
+        [
+            str(row.idx),
+            str(row.label),
+            str(row.predict),
+            repr(float(row.radius)),
+            str(row.correct),
+            repr(float(row.time)),
+        ]
+    )
+
+
+def read_rows(path: Path) -> Rows:
+    """Read a file of rows, ours or published (time as seconds or as ``0:00:13.736080``).
+
+    Blank lines at the end and Windows line ends are fine; a file of a header alone has no rows.
+
+    Raises:
+        CertificationError: naming file and line, if the file cannot be read, its header or a line
+            is not of this format, or an image occurs twice.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CertificationError(f"{path} cannot be read: {error.strerror}.") from error
+    return parse_rows(content, path)
+
+
+def parse_rows(content: bytes, path: Path) -> Rows:
+    """Read rows from the content of a file; ``path`` is what errors call it.
+
+    Raises:
+        CertificationError: as :func:`read_rows`.
+    """
+    # What is not UTF-8 is not a number either: its line says so.
+    lines = content.decode("utf-8", errors="replace").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines or lines[0].rstrip("\r") != HEADER:
+        found = lines[0].rstrip("\r") if lines else ""
+        raise CertificationError(
+            f"{path}, line 1: the header is {found[:80]!r}, but certification rows start with "
+            f"{HEADER!r}."
+        )
+    rows: list[CertifiedRow] = []
+    line_of_idx: dict[int, int] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            row = _parse_row(line.rstrip("\r"))
+        except ValueError as error:
+            raise CertificationError(f"{path}, line {number}: {error}.") from error
+        if row.idx in line_of_idx:
+            raise CertificationError(
+                f"{path}, line {number}: image {row.idx} is on line {line_of_idx[row.idx]} too: "
+                "an image is certified once, so remove one of the two lines."
+            )
+        line_of_idx[row.idx] = number
+        rows.append(row)
+    return Rows.of(rows)
+
+
+def _parse_row(line: str) -> CertifiedRow:
+    """Raise ValueError, saying what is wrong, if the line is not a row."""
+    cells = line.split("\t")
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} columns where {len(COLUMNS)} are wanted")
+    correct = _whole("correct", cells[4])
+    if correct not in (0, 1):
+        raise ValueError(f"correct={correct} is neither 0 nor 1")
+    return CertifiedRow(
+        idx=_whole("idx", cells[0]),
+        label=_whole("label", cells[1]),
+        predict=_whole("predict", cells[2]),
+        radius=_not_negative("radius", cells[3]),
+        correct=correct,
+        time=_seconds(cells[5]),
+    )
+
+
+def _whole(name: str, cell: str) -> int:
+    try:
+        return int(cell)
+    except ValueError:
+        raise ValueError(f"{name}={cell!r} is not a whole number") from None
+
+
+def _not_negative(name: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={cell!r} is not a finite number >= 0")
+    return value
+
+
+def _seconds(cell: str) -> float:
+    match = _TIMEDELTA.fullmatch(cell)
+    if match is None:
+        return _not_negative("time", cell)
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

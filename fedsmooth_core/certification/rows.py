@@ -1,0 +1,162 @@
+"""A file of rows that a certification can be killed over and resumed from, at any moment."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedsmooth_core.certification.row_format import (
+    HEADER,
+    CertifiedRow,
+    Rows,
+    format_row,
+    parse_rows,
+    read_rows,
+)
+from fedsmooth_core.errors import CertificationError
+
+__all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_rows"]
+
+Parameters = Mapping[str, str | int | float | bool | None]
+"""What determines a certificate, by name."""
+
+
+def parameters_path(path: Path) -> Path:
+    """Return the file beside a file of rows that says how they were certified."""
+    return path.with_name(f"{path.name}.parameters.json")
+
+
+class RowFile:
+    """Append-only rows on disk, for one certification; a context manager.
+
+    Opening a file again continues it: a last line torn by a crash is dropped (its image is
+    certified again, to the same row), and what is finished is in :attr:`done`. An appended row is
+    on the disk when :meth:`append` returns, so no finished image is lost, and none is written
+    twice. One process at a time holds the file.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+        parameters: everything that determines a certificate (weights' hash, data set's fingerprint,
+            sigma, n0, n, alpha, seed, precision). They are kept in ``<name>.parameters.json``
+            beside the rows, and must be the same when the rows are continued.
+
+    Attributes:
+        done: dataset indices of the images whose rows are in the file.
+
+    Raises:
+        CertificationError: if the rows were made with other or unknown parameters, another process
+            is writing them, or the file is not one of rows. The file is then as it was.
+    """
+
+    done: set[int]
+
+    def __init__(self, path: Path, parameters: Parameters) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        try:
+            self._lock()
+            self._continue(dict(parameters))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, row: CertifiedRow) -> None:
+        """Put one row on the disk.
+
+        Raises:
+            CertificationError: if its image is in the file already.
+        """
+        if row.idx in self.done:
+            raise CertificationError(
+                f"image {row.idx} is certified in {self._path} already: skip what is in `done`."
+            )
+        self._write(format_row(row))
+        self.done.add(row.idx)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        # The system lets go of it when the process ends, however it ends.
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CertificationError(
+                f"{self._path} is being written by another process: wait until it ends, or stop it."
+            ) from None
+
+    def _continue(self, parameters: dict[str, str | int | float | bool | None]) -> None:
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        # A file that holds something else must not lose its last line: look before truncating.
+        torn_header = not whole and HEADER.encode().startswith(content)
+        self.done = set() if torn_header else set(parse_rows(whole or content, self._path).idx)
+        if self.done:
+            self._check_parameters(parameters)
+        else:
+            text = json.dumps(parameters, indent=2, sort_keys=True) + "\n"
+            _write_atomically(parameters_path(self._path), text)
+        self._file.truncate(len(whole))
+        if not whole:
+            self._write(HEADER)
+            _sync_folder(self._path.parent)
+
+    def _check_parameters(self, parameters: dict[str, str | int | float | bool | None]) -> None:
+        try:
+            known = json.loads(parameters_path(self._path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CertificationError(
+                f"{self._path} cannot be continued, because what its rows were certified with "
+                f"cannot be read ({error}): certify into another file."
+            ) from error
+        if known != parameters:
+            differing = ", ".join(
+                f"{name} ({known.get(name)!r} there, {parameters.get(name)!r} now)"
+                for name in sorted({*known, *parameters})
+                if known.get(name) != parameters.get(name)
+            )
+            raise CertificationError(
+                f"{self._path} holds rows certified with other parameters, namely {differing}: use "
+                "the same ones, or certify into another file."
+            )
+
+    def _write(self, line: str) -> None:
+        # One write a line: a reader of a growing file sees whole lines.
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new or renamed file's name survive a power cut, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,21 @@
+"""Data sets as cached arrays, who holds which samples, and batches that live on a device.
+
+Importing this package imports neither torchvision, scikit-learn nor Pillow: Flower may start a
+process for every message, and a data set that is already cached needs none of them.
+"""
+
+from fedsmooth_core.data.batches import ClientData, augment, training_batches
+from fedsmooth_core.data.datasets import dataset_names, load_dataset
+from fedsmooth_core.data.info import ArrayDataset, DatasetInfo
+from fedsmooth_core.data.partition import client_indices
+
+__all__ = [
+    "ArrayDataset",
+    "ClientData",
+    "DatasetInfo",
+    "augment",
+    "client_indices",
+    "dataset_names",
+    "load_dataset",
+    "training_batches",
+]

@@ -1,0 +1,57 @@
+"""The registry of data sets, and the one call that opens one of them."""
+
+from pathlib import Path
+
+from fedsmooth_core.config import DatasetConfig
+from fedsmooth_core.data.cache import open_cached
+from fedsmooth_core.data.digits import Digits
+from fedsmooth_core.data.imagefolder import ImageFolder
+from fedsmooth_core.data.info import SPLITS, ArrayDataset
+from fedsmooth_core.data.source import Source
+from fedsmooth_core.data.torchvision_source import TORCHVISION_NAMES, TorchvisionSource
+from fedsmooth_core.errors import ConfigError
+
+
+def dataset_names() -> tuple[str, ...]:
+    """Return every name that ``dataset.name`` may have."""
+    return ("digits", *TORCHVISION_NAMES, "imagefolder")
+
+
+def load_dataset(config: DatasetConfig, split: str) -> ArrayDataset:
+    """Open one split (``train`` or ``test``) of a data set, memory-mapped from the decoded cache.
+
+    The first call on a machine downloads what is missing and decodes; any later one, in any
+    process, only maps files. The cache is the folder named by the environment variable
+    FEDSMOOTH_CACHE, or ``~/.cache/fedsmooth/decoded``.
+
+    Raises:
+        ConfigError: for an unknown name or split, or settings that do not go together.
+        DataError: when the images cannot be read or downloaded, or the cache cannot be written.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r} is not part of a data set: allowed are train, test.")
+    return open_cached(config.name, _source(config), split)
+
+
+def _source(config: DatasetConfig) -> Source:
+    root = Path(config.root).expanduser().absolute()
+    if config.name == "imagefolder":
+        if config.root == DatasetConfig.root:
+            raise ConfigError(
+                f"dataset.name=imagefolder reads your own images, but dataset.root={config.root} "
+                "is still its default: set it to the folder that holds train/ and test/."
+            )
+        return ImageFolder(root, config.image_size)
+    if config.image_size is not None:
+        raise ConfigError(
+            f"dataset.image_size={config.image_size} belongs to dataset.name=imagefolder: set "
+            f"dataset.image_size=null for {config.name}, whose images keep their own size."
+        )
+    if config.name == "digits":
+        return Digits()
+    if config.name in TORCHVISION_NAMES:
+        return TorchvisionSource(config.name, root)
+    raise ConfigError(
+        f"dataset.name={config.name!r} is not a known data set: allowed are "
+        f"{', '.join(dataset_names())}."
+    )

@@ -1,0 +1,27 @@
+"""Names on the wire, in one place: what the keys of Flower's records are called.
+
+Record names hold a record each in a message; the other names are keys inside those records.
+"""
+
+# Records
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+
+# Keys that the server sends beside the flat training plan and model specification
+SERVER_ROUND = "server-round"
+PARTITION_ID = "partition-id"
+PLAN_PREFIX = "plan."
+SPEC_PREFIX = "spec."
+
+# Keys of a device's own node configuration, and of its answer to the server's query
+NUM_PARTITIONS = "num-partitions"
+DATA_PATH = "data-path"
+DEVICE = "device"
+
+# Metrics of a train reply
+NUM_EXAMPLES = "num-examples"
+TRAIN_LOSS = "train-loss"
+TRAIN_ACCURACY = "train-accuracy"
+TRAIN_SECONDS = "train-seconds"
+TRAIN_METRICS = frozenset({NUM_EXAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, TRAIN_SECONDS})

@@ -1,0 +1,1 @@
+"""The Flower ServerApp, the in-process simulation, certification and reports, and the CLI."""

@@ -1,0 +1,53 @@
+"""The paper's baseline: SmoothAdv on the pooled training set, with the clients' own training step."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from fedsmooth_core import wire
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.data import ClientData
+from fedsmooth_core.models import build_model
+from fedsmooth_core.training import local_train
+from server.finish import certify_run
+from server.recorder import Observer, Recorder, TrainedRound, state_distance
+from server.run_directory import RunDirectory
+
+_POOL = 0  # the number that the one trainer's random streams carry
+
+
+def run_centralized(
+    config: RunConfig, console: Console, observers: Sequence[Observer]
+) -> RunDirectory:
+    """Train on all samples, ``training.local_steps`` mini-batches a round, then certify.
+
+    A round is LocalTrain itself, so the momentum restarts with it, and a federation of one client that
+    holds all data does exactly the same.
+
+    Raises:
+        FedSmoothError: one sentence about what is wrong with the configuration, data or run.
+    """
+    recorder = Recorder(config, observers)
+    info = recorder.train_set.info
+    data = ClientData.from_dataset(recorder.train_set, None, recorder.device)
+    model = build_model(recorder.spec, info.mean, info.std, torch.Generator())
+    model.load_state_dict(recorder.state)
+    model.to(recorder.device)
+    for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
+        started = time.perf_counter()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        result = local_train(model, data, config.plan, server_round, _POOL)
+        state = model.state_dict()
+        trained = TrainedRound(
+            cohort=[_POOL],
+            metrics={wire.TRAIN_LOSS: result.loss, wire.TRAIN_ACCURACY: result.accuracy},
+            num_examples=data.num_examples,
+            update_norm=state_distance(state, before),
+            seconds={"train": time.perf_counter() - started},
+        )
+        recorder.round_finished(server_round, state, trained)
+    recorder.finish()
+    certify_run(config, recorder.run, console)
+    return recorder.run

@@ -1,0 +1,138 @@
+"""Certify a checkpoint on this machine: rows on disk as they come, then a summary."""
+
+import json
+from pathlib import Path
+
+import torch
+from fedsmooth_core.certification.rows import RowFile
+from rich.console import Console
+from torch import nn
+
+from fedsmooth_core.certification.analysis import summary
+from fedsmooth_core.certification.certify import certify
+from fedsmooth_core.certification.subset import subset_indices
+from fedsmooth_core.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_model,
+    state_sha256,
+)
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.data import ArrayDataset, load_dataset
+from fedsmooth_core.device import choose_device
+from fedsmooth_core.errors import CertificationError, CheckpointError
+from server.progress import counting
+from server.report import load_curve, table_radii
+
+ROWS = "rows.tsv"
+SUMMARY = "summary.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the weights that a path means: itself, or the latest checkpoint of a run directory.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    if not path.is_dir():
+        return path
+    latest = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    if latest is None:
+        raise CheckpointError(
+            f"{path} holds no complete checkpoint: give a .safetensors file or a run directory."
+        )
+    return latest
+
+
+def certify_checkpoint(
+    path: Path, config: RunConfig, folder: Path, console: Console | None = None
+) -> Path:
+    """Certify the model in ``path`` on the configured test images, continuing what is in ``folder``.
+
+    Args:
+        path: a checkpoint's .safetensors file.
+        config: says the data set, the noise level and CERTIFY's parameters.
+        folder: receives ``rows.tsv`` (the published format) and ``summary.json``.
+        console: where progress is shown.
+
+    Returns:
+        The path of the rows.
+
+    Raises:
+        FedSmoothError: when the checkpoint, the data or rows that are there do not fit together.
+    """
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    checkpoint = load_checkpoint(path)
+    test_set = load_dataset(config.dataset, "test")
+    _check_fit(checkpoint, test_set, path)
+    device = choose_device(config.runtime.device)
+    model = load_model(checkpoint).to(device)
+    settings = config.certification
+    indices = subset_indices(len(test_set), settings.num_images)
+    parameters = {
+        "weights": state_sha256(checkpoint.state),
+        "dataset": test_set.info.fingerprint,
+        "sigma": config.certified_sigma,
+        "n0": settings.n0,
+        "n": settings.n,
+        "alpha": settings.alpha,
+        "seed": config.seed,
+        "precision": "float32",
+        # CPU and CUDA draw different noise from one seed: both are valid, a mixture is not one file.
+        "device": device.type,
+    }
+    with RowFile(folder / ROWS, parameters) as file:
+        todo = [index for index in indices if index not in file.done]
+        _certify_into(file, model, test_set, todo, config, device, console)
+    curve = load_curve(folder / ROWS)
+    figures = summary(curve.rows, table_radii([curve], settings.radius_step))
+    content = {"parameters": parameters, "num_test_images": len(test_set)} | figures
+    (folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
+    return folder / ROWS
+
+
+def _certify_into(
+    file: RowFile,
+    model: nn.Module,
+    test_set: ArrayDataset,
+    todo: list[int],
+    config: RunConfig,
+    device: torch.device,
+    console: Console | None,
+) -> None:
+    settings = config.certification
+    rows = certify(
+        model,
+        torch.from_numpy(test_set.images[todo]),
+        torch.from_numpy(test_set.labels[todo]),
+        todo,
+        max_value=test_set.info.max_value,
+        sigma=config.certified_sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    correct = 0
+    title = f"Certifying at sigma {config.certified_sigma:g}"
+    with counting(console, title, len(todo)) as advance:
+        for done, row in enumerate(rows, start=1):
+            file.append(row)
+            correct += row.correct
+            advance(f"certified accuracy at radius 0: {correct / done:.1%}")
+
+
+def _check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> None:
+    spec = checkpoint.metadata.get("model", {})
+    wanted = tuple(spec.get(key) for key in ("channels", "height", "width", "num_classes"))
+    found = (*test_set.info.shape, test_set.info.num_classes)
+    if wanted != found:
+        raise CertificationError(
+            f"{path} classifies images of (channels, height, width) {wanted[:3]} into {wanted[3]} "
+            f"classes, but {test_set.info.name} has {found[:3]} and {found[3]}: set dataset.name to "
+            "what the model was trained on."
+        )

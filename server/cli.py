@@ -1,0 +1,172 @@
+"""``fedsmooth``: the command line. Each command composes the configuration and calls one function."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.errors import FedSmoothError
+
+_OVERRIDES = "settings as Hydra overrides, e.g. experiment=quick smoothing.sigma=0.5"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; an error the user can mend is one sentence and exit status 2."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        options.run(options, console)
+    except FedSmoothError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted: run_dir=... resume=true continues a run.")
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedsmooth", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=function)
+        return sub
+
+    def overrides(sub: argparse.ArgumentParser, several: bool = False) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+        if several:
+            sub.add_argument(
+                "-m",
+                "--multirun",
+                action="store_true",
+                help="run every combination of comma-separated values",
+            )
+
+    overrides(
+        command("simulate", _simulate, "Train the federation on this machine, then certify."),
+        several=True,
+    )
+    overrides(
+        command("centralized", _centralized, "Train on the pooled data, then certify."),
+        several=True,
+    )
+    certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
+    certify.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
+    certify.add_argument("-o", "--output", type=Path, help="folder for the rows and the summary")
+    overrides(certify)
+    show = command("report", _report, "Table and curve of certified accuracy of runs or row files.")
+    show.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_TSV")
+    show.add_argument("-o", "--output", type=Path, help="stem of the pictures, without suffix")
+    show.add_argument("--radius-step", type=float, default=0.25, help="grid step of the table")
+    show.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    partition = command("partition", _partition, "Show what each client holds.")
+    partition.add_argument("-o", "--output", type=Path, default=Path(), help="folder for pictures")
+    overrides(partition)
+    return parser
+
+
+def _simulate(options: argparse.Namespace, console: Console) -> None:
+    # Imported here: Flower and torch take seconds, and `fedsmooth report` needs neither.
+    from server.federation import run_federation
+    from server.progress import TrainingProgress
+    from server.simulation import InProcessGrid, quiet_flower
+    from server.tracking import TensorBoard
+
+    quiet_flower()
+
+    def run(config: RunConfig) -> Path:
+        progress = TrainingProgress(console)
+        grid = InProcessGrid(
+            config.partition.num_clients, config.runtime.device, progress.client_done
+        )
+        return run_federation(config, grid, console, [progress, TensorBoard()]).path
+
+    _run_all(options, console, run)
+
+
+def _centralized(options: argparse.Namespace, console: Console) -> None:
+    from server.centralized import run_centralized
+    from server.progress import TrainingProgress
+    from server.tracking import TensorBoard
+
+    def run(config: RunConfig) -> Path:
+        return run_centralized(config, console, [TrainingProgress(console), TensorBoard()]).path
+
+    # A resumed run has its own settings.
+    if "resume=true" not in options.overrides:
+        options.overrides.insert(0, "training=centralized")
+    _run_all(options, console, run)
+
+
+def _run_all(
+    options: argparse.Namespace, console: Console, run: Callable[[RunConfig], Path]
+) -> None:
+    from server.configuration import compose, sweep
+
+    if not options.multirun:
+        run(compose(options.overrides))
+        return
+    combinations = sweep(options.overrides)
+    # All of them are composed before the first one runs: a typo must not show after an hour.
+    configs = [compose(combination) for combination in combinations]
+    root = configs[0].run_dir
+    paths = []
+    for number, (config, combination) in enumerate(zip(configs, combinations, strict=True)):
+        console.rule(f"{number + 1} of {len(configs)}: {' '.join(combination)}")
+        if root is not None:
+            config = replace(config, run_dir=str(Path(root) / str(number)))
+        paths.append(run(config))
+    if configs[0].certification.at_end:
+        _show(paths, paths[0].parent / "sweep", configs[0].certification.radius_step, console)
+
+
+def _certify(options: argparse.Namespace, console: Console) -> None:
+    from fedsmooth_core.checkpoint import load_checkpoint
+    from server.certify import certify_checkpoint, find_checkpoint
+    from server.configuration import with_overrides
+
+    path = find_checkpoint(options.checkpoint)
+    config = with_overrides(load_checkpoint(path).metadata.get("config", {}), options.overrides)
+    folder = options.output or _certification_folder(path, config)
+    rows = certify_checkpoint(path, config, folder, console)
+    _show([rows], folder / "curve", config.certification.radius_step, console)
+
+
+def _certification_folder(checkpoint: Path, config: RunConfig) -> Path:
+    """Return the run's own folder for its final model, one beside it for an earlier round's."""
+    run_dir = checkpoint.resolve().parent.parent
+    if checkpoint.stem == f"round-{config.federation.num_rounds:04d}":
+        return run_dir / "certification"
+    return run_dir / f"certification-{checkpoint.stem}"
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    from server.report import report
+
+    if options.json:
+        report(options.paths, options.output, options.radius_step, as_json=True)
+    else:
+        stem = options.output or Path("certified-accuracy")
+        _show(options.paths, stem, options.radius_step, console)
+
+
+def _show(paths: Sequence[Path], stem: Path, radius_step: float, console: Console) -> None:
+    """Print the table, draw the picture, and say where it is."""
+    from server.report import report
+
+    for picture in report(paths, stem, radius_step, as_json=False):
+        console.print(f"Picture: {picture}", soft_wrap=True)
+
+
+def _partition(options: argparse.Namespace, console: Console) -> None:
+    from server.configuration import compose
+    from server.partition_report import report_partition
+
+    for picture in report_partition(compose(options.overrides), options.output):
+        console.print(f"Picture: {picture}", soft_wrap=True)

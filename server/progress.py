@@ -1,0 +1,106 @@
+"""Progress for people: live bars in a terminal, a line now and then in a log."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedsmooth_core.config import RunConfig
+from server.recorder import RoundRecord
+from server.run_directory import RunDirectory
+
+_LOG_SECONDS = 10.0
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def counting(console: Console | None, title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show how many of ``total`` are done; call the function it gives, with a note, after each."""
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with _bars(console) as progress:
+            task = progress.add_task(title, total=total, note="")
+            yield lambda note: progress.update(task, advance=1, note=note)
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(note: str) -> None:
+        nonlocal done, last
+        done += 1
+        if done == total or time.monotonic() - last > _LOG_SECONDS:
+            last = time.monotonic()
+            console.print(f"{title}: {done} of {total}, {note}")
+
+    yield advance
+
+
+class TrainingProgress:
+    """An observer that shows rounds, the clients of the current round, and accuracies.
+
+    ``client_done`` is for the grid: it is called after each client's reply.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = _bars(console) if console.is_terminal else None
+        self._last = ""
+
+    def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
+        self._total = config.federation.num_rounds
+        self._console.print(f"Run directory: {run.path}", soft_wrap=True)
+        if completed_rounds:
+            self._console.print(f"Resumed after round {completed_rounds} of {self._total}.")
+        if self._bars is not None:
+            self._bars.start()
+            self._rounds = self._bars.add_task(
+                "Rounds", total=self._total, completed=completed_rounds, note=""
+            )
+            self._clients = self._bars.add_task("Clients", total=config.cohort_size, note="")
+
+    def client_done(self) -> None:
+        if self._bars is not None and self._bars.tasks:
+            self._bars.update(self._clients, advance=1)
+
+    def round_finished(self, record: RoundRecord) -> None:
+        for refusal in record.trained.refused:
+            self._console.print(
+                f"Round {record.server_round}: client {refusal.client} is refused: {refusal.reason}.",
+                soft_wrap=True,
+            )
+        if record.evaluation:
+            clean, noisy = (record.evaluation[f"{kind}-accuracy"] for kind in ("clean", "noisy"))
+            self._last = f"test accuracy {clean:.1%} clean, {noisy:.1%} noisy"
+        if self._bars is not None:
+            self._bars.update(self._rounds, advance=1, note=self._last)
+            self._bars.reset(self._clients)
+        elif record.evaluation or record.server_round == 1:
+            seconds = sum(record.trained.seconds.values())
+            loss = record.trained.metrics.get("train-loss", float("nan"))
+            self._console.print(
+                f"Round {record.server_round} of {self._total}: train loss {loss:.3f}, "
+                f"{self._last or 'not evaluated'}, {seconds:.1f} s"
+            )
+
+    def run_finished(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()

@@ -1,0 +1,159 @@
+"""What happens after every round: evaluate, write the checkpoint, tell the observers."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedsmooth_core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fedsmooth_core.config import RunConfig, to_nested
+from fedsmooth_core.data import ArrayDataset, load_dataset
+from fedsmooth_core.device import choose_device
+from fedsmooth_core.errors import CheckpointError
+from fedsmooth_core.models import ModelSpec, build_model
+from fedsmooth_core.seeding import Purpose, torch_generator
+from server.evaluation import Evaluator
+from server.replies import Refusal
+from server.run_directory import RunDirectory
+
+
+@dataclass
+class TrainedRound:
+    """What one round of training did."""
+
+    cohort: list[int] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Example-weighted means of what the clients report."""
+    num_examples: int = 0
+    update_norm: float = 0.0
+    """l2 norm of the change of all floating-point weights."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def state_distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
+    """Return the l2 distance of two models, over their floating-point tensors."""
+    squares = [
+        (new[name].double() - old[name].double()).square().sum().item()
+        for name in new
+        if new[name].is_floating_point()
+    ]
+    return math.sqrt(sum(squares))
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round, as observers see it and as its JSON line says it."""
+
+    server_round: int
+    trained: TrainedRound
+    evaluation: dict[str, float]
+    """Empty in rounds without an evaluation."""
+
+    def as_json(self) -> dict[str, object]:
+        return {"round": self.server_round, **asdict(self.trained), **self.evaluation}
+
+
+class Observer(Protocol):
+    """Watches a run; it never changes one."""
+
+    def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
+        """Rounds ``completed_rounds + 1`` and on are about to come."""
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """A round is over, its checkpoint (if due) on disk."""
+
+    def run_finished(self) -> None:
+        """No more rounds will come."""
+
+
+class Recorder:
+    """Opens a run, holds its state at the start, and records its rounds.
+
+    The federated and the centralised run share it, so that their directories read alike.
+
+    Attributes:
+        run: the directory.
+        train_set, test_set: the configured data set.
+        spec: the architecture.
+        device: where the server computes.
+        completed_rounds: rounds behind this process (0 for a new run).
+        state: the weights to start from.
+    """
+
+    def __init__(self, config: RunConfig, observers: Sequence[Observer] = ()) -> None:
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        self.config = config
+        self.device = choose_device(config.runtime.device)
+        self.train_set: ArrayDataset = load_dataset(config.dataset, "train")
+        self.test_set: ArrayDataset = load_dataset(config.dataset, "test")
+        info = self.train_set.info
+        channels, height, width = info.shape
+        self.spec = ModelSpec(
+            config.model.name, config.model.init, info.num_classes, channels, height, width
+        )
+        stream = torch_generator(config.seed, Purpose.MODEL_INIT)
+        model = build_model(self.spec, info.mean, info.std, stream)
+        self._evaluate = Evaluator(config, self.spec, self.test_set, self.device)
+        # Nothing is written before the configuration has proved to make a model.
+        self.run = RunDirectory.open(config)
+        self._observers = observers
+        self.completed_rounds, self.state = 0, dict(model.state_dict())
+        if config.resume:
+            self._resume()
+        else:
+            self._save(0, self.state)
+        for observer in observers:
+            observer.run_started(config, self.run, self.completed_rounds)
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.run.checkpoints)
+        if path is None:
+            raise CheckpointError(
+                f"{self.run.checkpoints} holds no complete checkpoint: start a new run in another run_dir."
+            )
+        checkpoint = load_checkpoint(path)
+        self.completed_rounds = int(checkpoint.metadata["round"])
+        self.state = checkpoint.state
+        self.run.forget_rounds_after(self.completed_rounds)
+
+    def round_finished(
+        self, server_round: int, state: Mapping[str, Tensor], trained: TrainedRound
+    ) -> None:
+        """Record one round, given the weights after it."""
+        every, last = self.config.evaluation.every, self.config.federation.num_rounds
+        evaluation: dict[str, float] = {}
+        if server_round == last or (every and server_round % every == 0):
+            started = time.perf_counter()
+            evaluation = self._evaluate(state)
+            trained.seconds["evaluate"] = time.perf_counter() - started
+        record = RoundRecord(server_round, trained, evaluation)
+        # The line before the checkpoint: a resumed run drops lines beyond its checkpoint, so no
+        # crash between the two leaves a round without its line, or with two.
+        self.run.append_metrics(record.as_json())
+        if server_round == last or server_round % self.config.federation.checkpoint_every == 0:
+            self._save(server_round, state)
+        for observer in self._observers:
+            observer.round_finished(record)
+
+    def finish(self) -> None:
+        """Tell the observers that no more rounds will come."""
+        for observer in self._observers:
+            observer.run_finished()
+
+    def _save(self, server_round: int, state: Mapping[str, Tensor]) -> None:
+        metadata = {
+            "round": server_round,
+            "model": to_nested(self.spec),
+            "dataset": {
+                "fingerprint": self.train_set.info.fingerprint,
+                "class_names": list(self.train_set.info.class_names),
+            },
+            "config": to_nested(self.config),
+        }
+        save_checkpoint(self.run.checkpoint(server_round), state, metadata)

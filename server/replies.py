@@ -1,0 +1,90 @@
+"""Check what clients send back; nothing of a reply is used before it has passed."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
+from torch import Tensor
+
+from fedsmooth_core import wire
+
+_SERIALIZATION = "numpy.ndarray"  # NumPy's own format, which is read without unpickling
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reply, or silence, that a round goes on without."""
+
+    client: int
+    reason: str
+
+
+class BadReplyError(Exception):
+    """Why a reply is refused: the rest of a sentence about it."""
+
+
+def read_reply(
+    reply: Message, expected: Mapping[str, Tensor], max_num_examples: int
+) -> tuple[dict[str, Tensor], MetricRecord]:
+    """Return a reply's weights and metrics, after checking every one of them.
+
+    Args:
+        reply: a train reply without error.
+        expected: the global model's state; names, shapes and dtypes must be equal to its.
+        max_num_examples: the cap on n_k.
+
+    Raises:
+        BadReplyError: with the reason.
+    """
+    metrics = reply.content.metric_records.get(wire.METRICS)
+    arrays = reply.content.array_records.get(wire.ARRAYS)
+    if metrics is None or arrays is None:
+        raise BadReplyError(f"it lacks the record '{wire.ARRAYS}' or '{wire.METRICS}'")
+    _check_metrics(metrics, max_num_examples)
+    return _read_state(arrays, expected), metrics
+
+
+def _check_metrics(metrics: MetricRecord, max_num_examples: int) -> None:
+    if set(metrics) != wire.TRAIN_METRICS:
+        raise BadReplyError(
+            f"its metrics are {sorted(metrics)} instead of {sorted(wire.TRAIN_METRICS)}"
+        )
+    for name, value in metrics.items():
+        if isinstance(value, bool | list) or not math.isfinite(value):
+            raise BadReplyError(f"{name}={value!r} is not a finite number")
+    num_examples = metrics[wire.NUM_EXAMPLES]
+    if not isinstance(num_examples, int) or not 0 < num_examples <= max_num_examples:
+        raise BadReplyError(
+            f"{wire.NUM_EXAMPLES}={num_examples!r} is not an integer in [1, {max_num_examples}]"
+        )
+
+
+def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if arrays.keys() != expected.keys():
+        missing = sorted(expected.keys() - arrays.keys())
+        extra = sorted(arrays.keys() - expected.keys())
+        raise BadReplyError(
+            f"its tensors differ from the model's: missing {missing}, extra {extra}"
+        )
+    state = {}
+    for name, tensor in expected.items():
+        array = arrays[name]
+        if array.stype != _SERIALIZATION:
+            raise BadReplyError(f"tensor {name!r} is serialised as {array.stype!r}")
+        try:
+            received = torch.from_numpy(array.numpy())
+        except Exception as error:
+            # Any bytes can arrive here, and NumPy raises many kinds of errors on them.
+            raise BadReplyError(f"tensor {name!r} cannot be decoded ({error})") from error
+        if received.shape != tensor.shape:
+            raise BadReplyError(
+                f"tensor {name!r} has shape {tuple(received.shape)} instead of {tuple(tensor.shape)}"
+            )
+        if received.dtype != tensor.dtype:
+            raise BadReplyError(f"tensor {name!r} is {received.dtype} instead of {tensor.dtype}")
+        if received.is_floating_point() and not bool(torch.isfinite(received).all()):
+            raise BadReplyError(f"tensor {name!r} has values that are not finite")
+        state[name] = received
+    return state

@@ -1,0 +1,17 @@
+"""Client sampling: the cohort S_t of a round."""
+
+from collections.abc import Iterable
+
+from fedsmooth_core.seeding import Purpose, numpy_generator
+
+
+def sample_cohort(clients: Iterable[int], size: int, seed: int, server_round: int) -> list[int]:
+    """Draw ``size`` distinct clients (all of them if there are fewer), in ascending order.
+
+    The draw depends on (seed, server_round) and the set of client numbers alone: Flower's node ids
+    are random and its own sampling is unseeded, so neither would give the same cohorts twice.
+    """
+    ordered = sorted(clients)
+    stream = numpy_generator(seed, Purpose.COHORT, server_round)
+    chosen = stream.choice(len(ordered), size=min(size, len(ordered)), replace=False)
+    return sorted(ordered[position] for position in chosen)

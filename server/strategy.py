@@ -1,0 +1,134 @@
+"""Weighted FedAvg with seeded client sampling and checked replies, as a Flower strategy."""
+
+import time
+from collections.abc import Iterable, Mapping
+from logging import INFO, WARNING
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore import log
+from torch import Tensor
+
+from fedsmooth_core import wire
+from fedsmooth_core.aggregation import weighted_mean
+from fedsmooth_core.config import RunConfig, to_flat
+from fedsmooth_core.models import ModelSpec
+from server.recorder import TrainedRound, state_distance
+from server.replies import BadReplyError, Refusal, read_reply
+from server.roster import Roster
+from server.sampling import sample_cohort
+
+
+class SmoothAdvFedAvg(FedAvg):
+    """theta = sum_k (n_k / n) theta_k over the sampled cohort (McMahan et al. 2017).
+
+    Flower's ``start`` loop drives it; the loop counts from 1, so a resumed run says how many rounds
+    are behind it. ``trained`` describes the round that was aggregated last.
+    """
+
+    def __init__(self, config: RunConfig, spec: ModelSpec, completed_rounds: int = 0) -> None:
+        # Our own sampling waits for the clients; Flower's minimum counts play no part.
+        super().__init__(fraction_evaluate=0.0, min_evaluate_nodes=0)
+        self.config = config
+        self.completed_rounds = completed_rounds
+        self.trained = TrainedRound()
+        self._roster = Roster(config.partition.num_clients)
+        self._plan = to_flat(config.plan, wire.PLAN_PREFIX) | to_flat(spec, wire.SPEC_PREFIX)
+        self._global: Mapping[str, Tensor] = {}
+        self._sent: list[tuple[Metadata, int]] = []
+        self._started = 0.0
+
+    def summary(self) -> None:
+        """Log what is averaged over whom."""
+        log(
+            INFO,
+            "\t└──> %d of %d clients a round, seed %d, %d rounds done",
+            self.config.cohort_size,
+            self.config.partition.num_clients,
+            self.config.seed,
+            self.completed_rounds,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample S_t and send each of its clients the model, the plan and its number."""
+        self._started = time.perf_counter()
+        current = server_round + self.completed_rounds
+        nodes = self._roster.wait(grid, self.config.federation.connect_timeout_seconds)
+        cohort = sample_cohort(nodes, self.config.cohort_size, self.config.seed, current)
+        self.trained = TrainedRound(cohort)
+        self._global = arrays.to_torch_state_dict()
+        messages = []
+        for client in cohort:
+            facts = ConfigRecord({wire.SERVER_ROUND: current, wire.PARTITION_ID: client})
+            facts.update(self._plan)
+            content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts})
+            messages.append(
+                Message(content, nodes[client], MessageType.TRAIN, group_id=str(current))
+            )
+        # Flower sets a message's id when it is sent: the metadata object is kept, not a copy.
+        self._sent = [
+            (message.metadata, client) for message, client in zip(messages, cohort, strict=True)
+        ]
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the good replies; name the others. Without a good one the old model is kept."""
+        received = time.perf_counter()
+        accepted = self._accept(replies)
+        for refusal in self.trained.refused:
+            log(WARNING, "Client %d is refused: %s.", refusal.client, refusal.reason)
+        arrays, metrics = None, None
+        if accepted:
+            records = [metrics for _, metrics in accepted]
+            weights = [int(record[wire.NUM_EXAMPLES]) for record in records]  # type: ignore[arg-type]
+            average = weighted_mean([state for state, _ in accepted], weights)
+            metrics = self.train_metrics_aggr_fn(
+                [RecordDict({wire.METRICS: record}) for record in records], wire.NUM_EXAMPLES
+            )
+            self.trained.num_examples = sum(weights)
+            self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
+            self.trained.update_norm = state_distance(average, self._global)
+            arrays = ArrayRecord(average)
+        else:
+            log(WARNING, "No reply of this round can be used: the model is kept as it was.")
+        self.trained.seconds = {
+            "train": received - self._started,
+            "aggregate": time.perf_counter() - received,
+        }
+        return arrays, metrics
+
+    def _accept(self, replies: Iterable[Message]) -> list[tuple[dict[str, Tensor], MetricRecord]]:
+        """Return the good replies in the cohort's order, so that the sum does not depend on arrival."""
+        # An error that Flower makes up for a lost node does not carry that node's id.
+        by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        accepted = []
+        for metadata, client in self._sent:
+            reply = by_question.get(metadata.message_id)
+            if reply is None:
+                self._refuse(client, "no reply came in time")
+            elif reply.has_error():
+                self._refuse(client, str(reply.error.reason).rstrip("."))
+            else:
+                try:
+                    accepted.append(
+                        read_reply(reply, self._global, self.config.federation.max_num_examples)
+                    )
+                except BadReplyError as error:
+                    self._refuse(client, str(error))
+        return accepted
+
+    def _refuse(self, client: int, reason: str) -> None:
+        self.trained.refused.append(Refusal(client, reason))

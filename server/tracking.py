@@ -1,0 +1,29 @@
+"""TensorBoard events of a run."""
+
+from torch.utils.tensorboard import SummaryWriter
+
+from fedsmooth_core.config import RunConfig
+from server.recorder import RoundRecord
+from server.run_directory import RunDirectory
+
+
+class TensorBoard:
+    """An observer that writes losses, accuracies, update norm, refusals and seconds per phase."""
+
+    def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
+        # A resumed run does rounds again that an earlier process drew already: those are purged.
+        purge = completed_rounds + 1 if completed_rounds else None
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
+
+    def round_finished(self, record: RoundRecord) -> None:
+        trained = record.trained
+        scalars = {f"train/{name.removeprefix('train-')}": v for name, v in trained.metrics.items()}
+        scalars |= {f"test/{name}": value for name, value in record.evaluation.items()}
+        scalars |= {f"seconds/{phase}": value for phase, value in trained.seconds.items()}
+        scalars["server/update-norm"] = trained.update_norm
+        scalars["server/refused-clients"] = float(len(trained.refused))
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record.server_round)
+
+    def run_finished(self) -> None:
+        self._writer.close()

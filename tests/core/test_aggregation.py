@@ -1,0 +1,162 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsmooth_core.aggregation import weighted_mean
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_states(num_states, shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"w": torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)}
+        for _ in range(num_states)
+    ]
+
+
+def oracle(states, weights, name="w"):
+    """The formula as it stands, in NumPy and float64."""
+    arrays = np.stack([state[name].double().numpy() for state in states])
+    shares = np.array([weight / sum(weights) for weight in weights])
+    return np.tensordot(shares, arrays, axes=1)
+
+
+shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+sample_counts = st.lists(st.integers(1, 100_000), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(shapes, sample_counts, st.sampled_from(FLOATS), st.integers(0, 2**32))
+def test_it_is_the_weighted_mean_of_the_formula(shape, weights, dtype, seed):
+    states = make_states(len(weights), shape, dtype, seed)
+    expected = oracle(states, weights)
+    mean = weighted_mean(states, weights)["w"]
+    assert mean.dtype == dtype
+    assert mean.shape == shape
+    # One rounding to the dtype, after float64 arithmetic on values of order 1.
+    tolerance = torch.finfo(dtype).eps / 2 * (np.abs(expected) + 1e-4) + 1e-13
+    assert (np.abs(mean.double().numpy() - expected) <= tolerance).all()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 1e3) | st.integers(1, 10**6), min_size=1, max_size=6),
+    st.sampled_from(FLOATS),
+    st.integers(0, 2**32),
+)
+def test_equal_states_give_exactly_that_state(weights, dtype, seed):
+    (state,) = make_states(1, (3, 2), dtype, seed)
+    assert torch.equal(weighted_mean([state] * len(weights), weights)["w"], state["w"])
+
+
+@settings(deadline=None)
+@given(st.permutations(range(6)), st.integers(0, 2**32))
+def test_the_order_of_the_clients_does_not_matter(order, seed):
+    states = make_states(6, (5,), torch.float64, seed)
+    weights = [1, 20, 3, 400, 5, 60]
+    shuffled = weighted_mean([states[i] for i in order], [weights[i] for i in order])
+    torch.testing.assert_close(
+        shuffled["w"], weighted_mean(states, weights)["w"], rtol=0, atol=1e-14
+    )
+
+
+def test_only_the_ratio_of_the_weights_matters_however_large_they_are():
+    states = make_states(3, (4,), torch.float64, 0)
+    expected = weighted_mean(states, [1, 2, 3])["w"]
+    for scale in (1e-300, 5e307, 10**400):
+        scaled = [scale * factor for factor in (1, 2, 3)]
+        torch.testing.assert_close(weighted_mean(states, scaled)["w"], expected)
+
+
+def test_many_small_updates_keep_float32_accuracy():
+    value = torch.tensor([1.0, 1 / 3, 1e-8, -7e5])
+    states = ({"w": value * (1 + 1e-7 * (-1) ** k)} for k in range(1000))
+    torch.testing.assert_close(weighted_mean(states, [500] * 1000)["w"], value, rtol=1.3e-7, atol=0)
+
+
+def test_float64_accumulates_what_bfloat16_would_lose():
+    states = [{"w": torch.tensor([256.0], dtype=torch.bfloat16)}]
+    states += [{"w": torch.tensor([257.0 + 1], dtype=torch.bfloat16)}] * 255
+    assert weighted_mean(states, [1] * 256)["w"].item() == 258
+
+
+def test_counters_and_flags_take_the_maximum_and_stay_integers():
+    states = [
+        {"count": torch.tensor(count), "flag": torch.tensor([flag, False])}
+        for count, flag in ((3, False), (2**53 + 1, True), (5, False))
+    ]
+    mean = weighted_mean(states, [100, 1, 1])
+    assert mean["count"].dtype == torch.int64
+    assert mean["count"].item() == 2**53 + 1
+    assert mean["flag"].tolist() == [True, False]
+
+
+def test_batch_normalisation_aggregates():
+    modules = [torch.nn.BatchNorm2d(2) for _ in range(3)]
+    for steps, module in enumerate(modules, start=1):
+        for _ in range(steps):
+            module(torch.rand(4, 2, 3, 3, generator=torch.Generator().manual_seed(steps)))
+    states = [module.state_dict() for module in modules]
+    mean = weighted_mean(states, [1, 1, 2])
+    assert mean["num_batches_tracked"].item() == 3
+    np.testing.assert_allclose(
+        mean["running_mean"].numpy(), oracle(states, [1, 1, 2], "running_mean"), rtol=1e-6
+    )
+    modules[0].load_state_dict(mean)
+
+
+def test_it_is_pure():
+    for dtype in (torch.float64, torch.float32, torch.int64):
+        states = [{"w": torch.arange(3).to(dtype)}, {"w": torch.arange(3, 6).to(dtype)}]
+        copies = [state["w"].clone() for state in states]
+        for weights in ([1, 3], [1]):
+            mean = weighted_mean(states[: len(weights)], weights)
+            mean["w"].fill_(99)
+            for state, copy in zip(states, copies, strict=True):
+                assert torch.equal(state["w"], copy)
+
+
+def test_it_takes_parameters_that_require_gradients():
+    layer = torch.nn.Linear(2, 2)
+    mean = weighted_mean([dict(layer.named_parameters())] * 2, [1, 1])
+    assert not mean["weight"].requires_grad
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf, -math.inf, 0.0])
+def test_a_weight_that_is_no_number_of_samples_is_refused(weight):
+    states = make_states(2, (2,), torch.float32, 0)
+    with pytest.raises(ValueError, match=r"weight 1 is .*finite number > 0"):
+        weighted_mean(states, [1, weight])
+
+
+@pytest.mark.parametrize("num_states", [0, 1, 3])
+def test_states_and_weights_must_pair_up(num_states):
+    with pytest.raises(ValueError, match="states for"):
+        weighted_mean(make_states(num_states, (2,), torch.float32, 0), [1, 1])
+
+
+def test_nothing_to_aggregate_is_refused():
+    with pytest.raises(ValueError, match="nothing to aggregate"):
+        weighted_mean([], [])
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"w": torch.zeros(3)}, r"'w' is .*\(3,\) in state 1"),
+        ({"w": torch.zeros(1)}, r"'w' is .*\(1,\) in state 1"),
+        ({"w": torch.zeros(2, dtype=torch.float64)}, "float64.*in state 1"),
+        ({"w": torch.zeros(2, dtype=torch.int64)}, "int64.*in state 1"),
+        ({"v": torch.zeros(2)}, "state 1 has a tensor 'v' that state 0 lacks"),
+        ({}, "state 0 has a tensor 'w' that state 1 lacks"),
+        ({"w": torch.zeros(2), "x": torch.zeros(2)}, "state 1 has a tensor 'x'"),
+    ],
+)
+def test_states_of_different_models_are_refused(second, reason):
+    with pytest.raises(ValueError, match=reason):
+        weighted_mean([{"w": torch.zeros(2)}, second], [1, 1])
