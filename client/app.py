@@ -2,6 +2,7 @@
 
 import time
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from flwr.app import (
@@ -46,11 +47,11 @@ def train(message: Message, context: Context) -> Message:
     """One client's round: LocalTrain from the global weights on this device's data."""
     started = time.perf_counter()
     try:
-        plan, spec, client, server_round = _read(message)
+        task = _read(message)
         device = choose_device(str(context.node_config.get(wire.DEVICE, "auto")))
-        data = local_data(context.node_config, plan, client, device)
-        model = _load_model(spec, message.content.array_records[wire.ARRAYS], device)
-        result = local_train(model, data, plan, server_round, client)
+        data = local_data(context.node_config, task.plan, task.class_names, task.client, device)
+        model = _load_model(task.spec, message.content.array_records[wire.ARRAYS], device)
+        result = local_train(model, data, task.plan, task.server_round, task.client)
     except FedSmoothError as error:
         return _refusal(error, message)
     metrics = MetricRecord(
@@ -65,8 +66,18 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}), reply_to=message)
 
 
-def _read(message: Message) -> tuple[TrainingPlan, ModelSpec, int, int]:
-    """Return the training plan, model specification, client number and round of a train message."""
+class _Task(NamedTuple):
+    """What a train message asks for."""
+
+    plan: TrainingPlan
+    spec: ModelSpec
+    class_names: list[str]
+    client: int
+    server_round: int
+
+
+def _read(message: Message) -> _Task:
+    """Unpack a train message, or say in one sentence what it lacks."""
     config = message.content.config_records.get(wire.CONFIG)
     if config is None or wire.ARRAYS not in message.content.array_records:
         raise ConfigError(
@@ -77,14 +88,15 @@ def _read(message: Message) -> tuple[TrainingPlan, ModelSpec, int, int]:
     def part(prefix: str) -> dict[str, object]:
         return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
 
-    numbers = [config.get(key) for key in (wire.PARTITION_ID, wire.SERVER_ROUND)]
-    match numbers:
-        case [int(client), int(server_round)]:
+    facts = [config.get(key) for key in (wire.CLASS_NAMES, wire.PARTITION_ID, wire.SERVER_ROUND)]
+    match facts:
+        case [list(names), int(client), int(server_round)]:
             plan = from_flat(TrainingPlan, part(wire.PLAN_PREFIX))
-            return plan, from_flat(ModelSpec, part(wire.SPEC_PREFIX)), client, server_round
+            spec = from_flat(ModelSpec, part(wire.SPEC_PREFIX))
+            return _Task(plan, spec, [str(name) for name in names], client, server_round)
     raise ConfigError(
-        f"The server's message has {wire.PARTITION_ID}={numbers[0]!r} and "
-        f"{wire.SERVER_ROUND}={numbers[1]!r}: allowed are integers."
+        f"The server's message has {wire.CLASS_NAMES}, {wire.PARTITION_ID} and {wire.SERVER_ROUND} "
+        f"of {facts!r}: server and client must be of the same version."
     )
 
 

@@ -1,6 +1,6 @@
 """Find this device's own training data, from its node configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ import torch
 from fedsmooth_core import wire
 from fedsmooth_core.config import DatasetConfig, Scalar, TrainingPlan
 from fedsmooth_core.data import ArrayDataset, ClientData, client_indices, load_dataset
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import ConfigError, DataError
 
 
 @lru_cache(maxsize=2)
@@ -44,9 +44,15 @@ def simulated_partition(node_config: Mapping[str, Scalar]) -> tuple[int, int] | 
 
 
 def local_data(
-    node_config: Mapping[str, Scalar], plan: TrainingPlan, client: int, device: torch.device
+    node_config: Mapping[str, Scalar],
+    plan: TrainingPlan,
+    class_names: Sequence[str],
+    client: int,
+    device: torch.device,
 ) -> ClientData:
     """Load what this client trains on: its partition of the plan's data set, or its own folder.
+
+    ``class_names`` are the federation's: label k must mean the same on every device.
 
     Raises:
         ConfigError, DataError: one sentence about what is wrong with the node or its data.
@@ -54,7 +60,13 @@ def local_data(
     if simulated_partition(node_config) is None:
         folder = str(node_config[wire.DATA_PATH])
         own = replace(plan.dataset, name="imagefolder", root=folder)
-        return ClientData.from_dataset(_training_set(own), None, device)
+        dataset = _training_set(own)
+        if list(dataset.info.class_names) != list(class_names):
+            raise DataError(
+                f"{folder} has the classes {', '.join(dataset.info.class_names)}, but the federation's "
+                f"are {', '.join(class_names)}: name the folders in train/ and test/ like these."
+            )
+        return ClientData.from_dataset(dataset, None, device)
     dataset = _training_set(plan.dataset)
     indices = client_indices(dataset.labels, plan.partition, plan.seed, client)
     return ClientData.from_dataset(dataset, indices, device)

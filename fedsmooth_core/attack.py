@@ -19,8 +19,9 @@ StepRule = Callable[[Tensor, float], Tensor]
 
 def _norms(x: Tensor) -> Tensor:
     """L2 norm of each image of (B, C, H, W), shaped (B, 1, 1, 1)."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
-    return norms
+    # Scaled by the largest entry: the squares of a confident model's gradients vanish in float32.
+    largest = x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return largest * torch.linalg.vector_norm(x / largest, dim=(1, 2, 3), keepdim=True)
 
 
 def gradient_step(gradient: Tensor, step_size: float) -> Tensor:
@@ -41,14 +42,13 @@ def project_l2(x: Tensor, center: Tensor, epsilon: float) -> Tensor:
     delta = x - center
     norms = _norms(delta)
     # Inside the ball nothing may change, not even by rounding.
-    scale = torch.where(norms > epsilon, epsilon / norms.clamp_min(1e-30), 1.0)
-    return center + scale * delta
+    return torch.where(norms > epsilon, center + epsilon / norms.clamp_min(1e-30) * delta, x)
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Attack the classifier as it will be used: running statistics fixed, no weight gradients."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     model.eval()
     for weight in trainable:
@@ -58,7 +58,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in trainable:
             weight.requires_grad_(True)
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def smoothadv_attack(

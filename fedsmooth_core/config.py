@@ -115,7 +115,7 @@ class DatasetConfig(Section):
     SECTION = "dataset"
     name: str = "digits"
     root: str = "~/.cache/fedsmooth"
-    """Folder of the data set and of its decoded cache (for ``imagefolder``: what holds train/, test/)."""
+    """Folder of the data set's files (``imagefolder``: what holds train/<class>/*, test/<class>/*)."""
     image_size: int | None = setting(None, at_least(1))
     """Side in pixels that ``imagefolder`` images are resized to; null keeps their one native size."""
     flip: bool = False
@@ -258,7 +258,7 @@ class CertificationConfig(Section):
     alpha: float = setting(0.001, strictly_between(0, 1))
     num_images: int | None = setting(None, at_least(1))
     """Test images to certify, evenly spaced (every k-th); null certifies all of them."""
-    batch_size: int = setting(1024, at_least(1))
+    batch_size: int = setting(512, at_least(1))
     """Noisy images in one forward pass. Changes the speed, never a certificate."""
     radius_step: float = setting(0.25, above(0))
     """Grid step of the printed table."""

@@ -11,6 +11,7 @@ METRICS = "metrics"
 # Keys that the server sends beside the flat training plan and model specification
 SERVER_ROUND = "server-round"
 PARTITION_ID = "partition-id"
+CLASS_NAMES = "class-names"
 PLAN_PREFIX = "plan."
 SPEC_PREFIX = "spec."
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from fedsmooth_core.certification.rows import RowFile
 from rich.console import Console
 from torch import nn
 
 from fedsmooth_core.certification.analysis import summary
 from fedsmooth_core.certification.certify import certify
+from fedsmooth_core.certification.rows import RowFile
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.checkpoint import (
     Checkpoint,
@@ -68,10 +68,12 @@ def certify_checkpoint(
     test_set = load_dataset(config.dataset, "test")
     _check_fit(checkpoint, test_set, path)
     device = choose_device(config.runtime.device)
+    # Rows say float32, so CUDA may not round convolutions to TF32 as it would by default.
+    torch.backends.cudnn.allow_tf32 = False
     model = load_model(checkpoint).to(device)
     settings = config.certification
     indices = subset_indices(len(test_set), settings.num_images)
-    parameters = {
+    parameters: dict[str, str | int | float] = {
         "weights": state_sha256(checkpoint.state),
         "dataset": test_set.info.fingerprint,
         "sigma": config.certified_sigma,

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("-o", "--output", type=Path, help="stem of the pictures, without suffix")
     show.add_argument("--radius-step", type=float, default=0.25, help="grid step of the table")
     show.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    overrides(command("config", _config, "Print the resolved configuration; run nothing."))
     partition = command("partition", _partition, "Show what each client holds.")
     partition.add_argument("-o", "--output", type=Path, default=Path(), help="folder for pictures")
     overrides(partition)
@@ -162,6 +163,12 @@ def _show(paths: Sequence[Path], stem: Path, radius_step: float, console: Consol
 
     for picture in report(paths, stem, radius_step, as_json=False):
         console.print(f"Picture: {picture}", soft_wrap=True)
+
+
+def _config(options: argparse.Namespace, console: Console) -> None:
+    from server.configuration import compose, to_yaml
+
+    console.file.write(to_yaml(compose(options.overrides)))
 
 
 def _partition(options: argparse.Namespace, console: Console) -> None:

@@ -81,8 +81,15 @@ def load(run_dir: Path) -> RunConfig:
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    OmegaConf.save(OmegaConf.create(to_nested(config)), path)
+    """Write the resolved configuration as YAML, atomically."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(path)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_nested(config)))
 
 
 def with_overrides(recorded: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:

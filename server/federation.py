@@ -24,7 +24,9 @@ def run_federation(
     recorder = Recorder(config, observers)
     remaining = config.federation.num_rounds - recorder.completed_rounds
     if remaining > 0:
-        strategy = SmoothAdvFedAvg(config, recorder.spec, recorder.completed_rounds)
+        strategy = SmoothAdvFedAvg(
+            config, recorder.spec, recorder.train_set.info.class_names, recorder.completed_rounds
+        )
 
         def record(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             # Flower calls this before the first round too, as round 0 of its own loop.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,19 @@ class RunDirectory:
         """
         run = cls(_absolute(config))
         recorded = run.path / "config.yaml"
-        if config.resume:
-            if not recorded.is_file():
-                raise ConfigError(
-                    f"run_dir={run.path} holds no run to resume: leave resume=true out to start one."
-                )
-            return run
-        if recorded.exists():
+        if config.resume and not recorded.is_file():
+            raise ConfigError(
+                f"run_dir={run.path} holds no run to resume: leave resume=true out to start one."
+            )
+        if recorded.exists() and not config.resume:
             raise ConfigError(
                 f"run_dir={run.path} holds a run already: add resume=true to continue it, or choose "
                 "another run_dir."
             )
         run.path.mkdir(parents=True, exist_ok=True)
-        environment = json.dumps(_environment(), indent=2)
-        (run.path / "environment.json").write_text(environment + "\n")
-        configuration.save(config, recorded)
+        # Where a run lies and whether it was continued are no settings of the run.
+        configuration.save(replace(config, run_dir=None, resume=False), recorded)
+        _append_line(run.path / "sessions.jsonl", _session(config))
         return run
 
     def checkpoint(self, server_round: int) -> Path:
@@ -62,10 +61,7 @@ class RunDirectory:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round, durably."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append_line(self.metrics, line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rounds so far; a line that a crash cut short is left out."""
@@ -99,8 +95,15 @@ def _absolute(config: RunConfig) -> Path:
     return path.resolve()
 
 
-def _environment() -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run: command, versions, revision, hardware."""
+def _append_line(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _session(config: RunConfig) -> dict[str, Any]:
+    """One process's part in the run, to judge or repeat it: command, versions, revision, hardware."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -109,6 +112,7 @@ def _environment() -> dict[str, Any]:
             versions[package] = None
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resumed": config.resume,
         "command": sys.argv,
         "git_revision": _git_revision(),
         "python": platform.python_version(),

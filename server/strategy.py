@@ -1,7 +1,7 @@
 """Weighted FedAvg with seeded client sampling and checked replies, as a Flower strategy."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 
 from flwr.app import (
@@ -35,14 +35,21 @@ class SmoothAdvFedAvg(FedAvg):
     are behind it. ``trained`` describes the round that was aggregated last.
     """
 
-    def __init__(self, config: RunConfig, spec: ModelSpec, completed_rounds: int = 0) -> None:
-        # Our own sampling waits for the clients; Flower's minimum counts play no part.
-        super().__init__(fraction_evaluate=0.0, min_evaluate_nodes=0)
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: ModelSpec,
+        class_names: Sequence[str],
+        completed_rounds: int = 0,
+    ) -> None:
+        super().__init__()
         self.config = config
         self.completed_rounds = completed_rounds
         self.trained = TrainedRound()
         self._roster = Roster(config.partition.num_clients)
-        self._plan = to_flat(config.plan, wire.PLAN_PREFIX) | to_flat(spec, wire.SPEC_PREFIX)
+        self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
+        self._facts.update(to_flat(config.plan, wire.PLAN_PREFIX))
+        self._facts.update(to_flat(spec, wire.SPEC_PREFIX))
         self._global: Mapping[str, Tensor] = {}
         self._sent: list[tuple[Metadata, int]] = []
         self._started = 0.0
@@ -71,7 +78,7 @@ class SmoothAdvFedAvg(FedAvg):
         messages = []
         for client in cohort:
             facts = ConfigRecord({wire.SERVER_ROUND: current, wire.PARTITION_ID: client})
-            facts.update(self._plan)
+            facts.update(self._facts)
             content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts})
             messages.append(
                 Message(content, nodes[client], MessageType.TRAIN, group_id=str(current))
@@ -81,6 +88,12 @@ class SmoothAdvFedAvg(FedAvg):
             (message.metadata, client) for message, client in zip(messages, cohort, strict=True)
         ]
         return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask no client: the server evaluates the global model itself."""
+        return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

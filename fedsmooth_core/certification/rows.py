@@ -106,7 +106,9 @@ class RowFile:
         whole = content[: content.rfind(b"\n") + 1]
         # A file that holds something else must not lose its last line: look before truncating.
         torn_header = not whole and HEADER.encode().startswith(content)
-        self.done = set() if torn_header else set(parse_rows(whole or content, self._path).idx)
+        self.done = set()
+        if not torn_header:
+            self.done.update(parse_rows(whole or content, self._path).idx.tolist())
         if self.done:
             self._check_parameters(parameters)
         else:

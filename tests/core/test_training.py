@@ -213,17 +213,24 @@ def test_training_depends_on_seed_round_and_client_alone(estimator, reduction):
     )
 
 
-def test_noise_and_batches_are_different_streams():
-    """The noise is the same whether or not augmentation draws from the batches' stream."""
+def first_noise(server_round=1, client=0, **settings):
+    """The difference of the first step's two copies: x cancels, what is left is noise."""
+    model = make_model()
+    calls = record_inputs(model)
+    local_train(model, make_data(), make_plan(**settings), server_round, client)
+    copies = calls[0][1].unflatten(0, (2, 5))
+    return copies[0] - copies[1]
 
-    def first_noise(dataset):
-        model = make_model()
-        calls = record_inputs(model)
-        local_train(model, make_data(), make_plan(dataset=dataset), 1, 0)
-        copies = calls[0][1].unflatten(0, (2, 5))
-        return copies[0] - copies[1]
 
-    torch.testing.assert_close(first_noise({}), first_noise({"flip": True, "crop_padding": 1}))
+def test_the_noise_does_not_depend_on_what_augmentation_draws():
+    augmented = first_noise(dataset={"flip": True, "crop_padding": 1})
+    torch.testing.assert_close(first_noise(), augmented)
+
+
+def test_every_seed_round_and_client_has_noise_of_its_own():
+    streams = [first_noise(), first_noise(seed=1), first_noise(2), first_noise(client=1)]
+    correlations = torch.corrcoef(torch.stack(streams).flatten(1)).fill_diagonal_(0)
+    assert correlations.abs().max() < 4.5 / math.sqrt(streams[0].numel())
 
 
 def test_the_training_data_is_left_alone():
