@@ -21,7 +21,8 @@ def _norms(x: Tensor) -> Tensor:
     """L2 norm of each image of (B, C, H, W), shaped (B, 1, 1, 1)."""
     # Scaled by the largest entry: the squares of a confident model's gradients vanish in float32.
     largest = x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return largest * torch.linalg.vector_norm(x / largest, dim=(1, 2, 3), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(x / largest, dim=(1, 2, 3), keepdim=True)
+    return largest * norms
 
 
 def gradient_step(gradient: Tensor, step_size: float) -> Tensor:

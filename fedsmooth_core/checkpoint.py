@@ -7,7 +7,6 @@ pickled, so a checkpoint from a stranger can be damaged but cannot run code.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsmooth_core.config import from_nested
+from fedsmooth_core.durable import sync_folder, write_atomically
 from fedsmooth_core.errors import CheckpointError, ConfigError
 from fedsmooth_core.models import ModelSpec, build_model
 
@@ -78,9 +78,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], metadata: Mapping[s
         path.parent.mkdir(parents=True, exist_ok=True)
         # An old sidecar must not vouch for new weights if this process dies between the two.
         path.with_suffix(".json").unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        _replace(path, safetensors.torch.save(tensors))
-        _replace(path.with_suffix(".json"), text.encode())
+        sync_folder(path.parent)
+        write_atomically(path, safetensors.torch.save(tensors))
+        write_atomically(path.with_suffix(".json"), text.encode())
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error.strerror}): make room or choose a "
@@ -190,23 +190,3 @@ def _require_suffix(path: Path) -> None:
     if path.suffix != _SUFFIX:
         raise CheckpointError(f"{path} does not end in {_SUFFIX}: give the path of the weights.")
 
-
-def _replace(path: Path, data: bytes) -> None:
-    """Let ``path`` hold ``data``, whole and on the disk, or stay as it was."""
-    # One fixed name: what a killed process leaves is overwritten, not collected.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk: a rename is durable only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from fedsmooth_core.checkpoint import (
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.data import ArrayDataset, load_dataset
 from fedsmooth_core.device import choose_device
+from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError, CheckpointError
 from server.progress import counting
 from server.report import load_curve, table_radii
@@ -91,7 +92,7 @@ def certify_checkpoint(
     curve = load_curve(folder / ROWS)
     figures = summary(curve.rows, table_radii([curve], settings.radius_step))
     content = {"parameters": parameters, "num_test_images": len(test_set)} | figures
-    (folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / SUMMARY, (json.dumps(content, indent=2) + "\n").encode())
     return folder / ROWS
 
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import fedsmooth_core
 from fedsmooth_core.config import RunConfig, from_nested, to_nested, unknown_key
+from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import ConfigError
 
 # Beside the packages, in a checkout as well as in Flower's app bundle.
@@ -82,9 +83,7 @@ def load(run_dir: Path) -> RunConfig:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
-    temporary.replace(path)
+    write_atomically(path, to_yaml(config).encode())
 
 
 def to_yaml(config: RunConfig) -> str:

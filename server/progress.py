@@ -64,6 +64,7 @@ class TrainingProgress:
         self._console = console
         self._bars = _bars(console) if console.is_terminal else None
         self._last = ""
+        self._printed = 0.0
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
         self._total = config.federation.num_rounds
@@ -93,12 +94,13 @@ class TrainingProgress:
         if self._bars is not None:
             self._bars.update(self._rounds, advance=1, note=self._last)
             self._bars.reset(self._clients)
-        elif record.evaluation or record.server_round == 1:
-            seconds = sum(record.trained.seconds.values())
+        elif record.evaluation or time.monotonic() - self._printed > _LOG_SECONDS:
+            self._printed = time.monotonic()
             loss = record.trained.metrics.get("train-loss", float("nan"))
+            seconds = sum(record.trained.seconds.values())
+            parts = [f"train loss {loss:.3f}", self._last, f"{seconds:.1f} s a round"]
             self._console.print(
-                f"Round {record.server_round} of {self._total}: train loss {loss:.3f}, "
-                f"{self._last or 'not evaluated'}, {seconds:.1f} s"
+                f"Round {record.server_round} of {self._total}: {', '.join(filter(None, parts))}"
             )
 
     def run_finished(self) -> None:

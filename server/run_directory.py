@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedsmooth_core.config import RunConfig
+from fedsmooth_core.durable import append_durably, write_atomically
 from fedsmooth_core.errors import ConfigError
 from server import configuration
 
@@ -52,7 +53,7 @@ class RunDirectory:
         run.path.mkdir(parents=True, exist_ok=True)
         # Where a run lies and whether it was continued are no settings of the run.
         configuration.save(replace(config, run_dir=None, resume=False), recorded)
-        _append_line(run.path / "sessions.jsonl", _session(config))
+        append_durably(run.path / "sessions.jsonl", json.dumps(_session(config)))
         return run
 
     def checkpoint(self, server_round: int) -> Path:
@@ -61,7 +62,7 @@ class RunDirectory:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round, durably."""
-        _append_line(self.metrics, line)
+        append_durably(self.metrics, json.dumps(line))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rounds so far; a line that a crash cut short is left out."""
@@ -78,9 +79,8 @@ class RunDirectory:
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop the lines of rounds that a resumed run will do again."""
         kept = [line for line in self.read_metrics() if line["round"] <= server_round]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.metrics)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.metrics, text.encode())
 
 
 def _absolute(config: RunConfig) -> Path:
@@ -93,13 +93,6 @@ def _absolute(config: RunConfig) -> Path:
         suffix += 1
         path = Path("runs") / f"{stamp}-{config.name}-{suffix}"
     return path.resolve()
-
-
-def _append_line(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _session(config: RunConfig) -> dict[str, Any]:

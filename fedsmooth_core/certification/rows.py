@@ -16,6 +16,7 @@ from fedsmooth_core.certification.row_format import (
     parse_rows,
     read_rows,
 )
+from fedsmooth_core.durable import sync_folder, write_atomically
 from fedsmooth_core.errors import CertificationError
 
 __all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_rows"]
@@ -113,11 +114,11 @@ class RowFile:
             self._check_parameters(parameters)
         else:
             text = json.dumps(parameters, indent=2, sort_keys=True) + "\n"
-            _write_atomically(parameters_path(self._path), text)
+            write_atomically(parameters_path(self._path), text.encode())
         self._file.truncate(len(whole))
         if not whole:
             self._write(HEADER)
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
 
     def _check_parameters(self, parameters: dict[str, str | int | float | bool | None]) -> None:
         try:
@@ -144,21 +145,3 @@ class RowFile:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-
-def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new or renamed file's name survive a power cut, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

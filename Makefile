@@ -1,0 +1,46 @@
+# make run   makes the environment, trains federated on the digits, certifies, draws the curve
+# make test  makes the environment, lints, type-checks, tests
+.PHONY: run test slow format clean
+.DEFAULT_GOAL := run
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Overrides for `make run`, e.g. make run ARGS="experiment=quick seed=1"
+ARGS ?=
+
+run: $(VENV)/.installed
+	$(BIN)/fedsmooth simulate $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+# What takes longer than a few seconds: end-to-end runs, kill -9 in loops, Flower's simulation, real images.
+slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: install its venv package (Debian: python3-venv)."; exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing (several GB of PyTorch at the first time) ..."
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,simulation]'
+	@touch $@

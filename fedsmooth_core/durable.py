@@ -1,0 +1,36 @@
+"""Files that are whole or not there, whatever kills the process or the machine."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Let ``path`` hold ``data``, whole and on the disk, or stay as it was.
+
+    Its folder must exist. One writer a path: the temporary file beside it has one fixed name, so that
+    what a killed process leaves is overwritten, not collected.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def append_durably(path: Path, line: str) -> None:
+    """Append one line and its end, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk: a new or renamed file is durable only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
