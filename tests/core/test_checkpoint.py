@@ -239,7 +239,7 @@ def test_a_crash_between_any_two_writes_leaves_whole_checkpoints(saved, monkeypa
     """Overwriting is the hard case: an old sidecar must never vouch for new weights."""
     earlier = saved.with_name("round-0011.safetensors")
     save_checkpoint(earlier, {"w": torch.zeros(2)}, {"round": 11})
-    real_replace, calls = checkpoint_module._replace, []
+    real_replace, calls = checkpoint_module.write_atomically, []
 
     def dying_replace(path, data):
         calls.append(path)
@@ -247,7 +247,7 @@ def test_a_crash_between_any_two_writes_leaves_whole_checkpoints(saved, monkeypa
             raise KeyboardInterrupt
         real_replace(path, data)
 
-    monkeypatch.setattr(checkpoint_module, "_replace", dying_replace)
+    monkeypatch.setattr(checkpoint_module, "write_atomically", dying_replace)
     if dies_before <= 2:
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(saved, {"w": torch.ones(2)}, {"round": 12})
