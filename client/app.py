@@ -49,7 +49,9 @@ def train(message: Message, context: Context) -> Message:
     try:
         task = _read(message)
         device = choose_device(str(context.node_config.get(wire.DEVICE, "auto")))
-        data = local_data(context.node_config, task.plan, task.class_names, task.client, device)
+        data = local_data(
+            context.node_config, task.plan, task.spec, task.class_names, task.client, device
+        )
         model = _load_model(task.spec, message.content.array_records[wire.ARRAYS], device)
         result = local_train(model, data, task.plan, task.server_round, task.client)
     except FedSmoothError as error:

@@ -10,6 +10,7 @@ from fedsmooth_core import wire
 from fedsmooth_core.config import DatasetConfig, Scalar, TrainingPlan
 from fedsmooth_core.data import ArrayDataset, ClientData, client_indices, load_dataset
 from fedsmooth_core.errors import ConfigError, DataError
+from fedsmooth_core.models import ModelSpec
 
 
 @lru_cache(maxsize=2)
@@ -46,13 +47,15 @@ def simulated_partition(node_config: Mapping[str, Scalar]) -> tuple[int, int] | 
 def local_data(
     node_config: Mapping[str, Scalar],
     plan: TrainingPlan,
+    spec: ModelSpec,
     class_names: Sequence[str],
     client: int,
     device: torch.device,
 ) -> ClientData:
     """Load what this client trains on: its partition of the plan's data set, or its own folder.
 
-    ``class_names`` are the federation's: label k must mean the same on every device.
+    ``spec`` and ``class_names`` are the federation's: what a device holds must fit its model, and
+    label k must mean the same everywhere.
 
     Raises:
         ConfigError, DataError: one sentence about what is wrong with the node or its data.
@@ -65,6 +68,12 @@ def local_data(
             raise DataError(
                 f"{folder} has the classes {', '.join(dataset.info.class_names)}, but the federation's "
                 f"are {', '.join(class_names)}: name the folders in train/ and test/ like these."
+            )
+        shape = (spec.channels, spec.height, spec.width)
+        if dataset.info.shape != shape:
+            raise DataError(
+                f"{folder} holds images of (channels, height, width) {dataset.info.shape}, but the "
+                f"federation's model takes {shape}: resize them, or convert them."
             )
         return ClientData.from_dataset(dataset, None, device)
     dataset = _training_set(plan.dataset)

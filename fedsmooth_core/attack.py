@@ -89,7 +89,7 @@ def smoothadv_attack(
     with _frozen(model):
         for _ in range(config.attack_steps):
             gradient = estimator(model, x_adv, labels, noise)
-            x_adv = x_adv + step_rule(gradient, config.step_size)
+            x_adv = x_adv + step_rule(gradient, config.step)
             # Clipping to [0, 1] moves no pixel away from x, so the point stays in the ball.
             x_adv = project_l2(x_adv, x, config.l2_budget).clamp(0, 1)
     return x_adv

@@ -189,4 +189,3 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 def _require_suffix(path: Path) -> None:
     if path.suffix != _SUFFIX:
         raise CheckpointError(f"{path} does not end in {_SUFFIX}: give the path of the weights.")
-

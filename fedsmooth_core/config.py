@@ -114,6 +114,7 @@ class DatasetConfig(Section):
 
     SECTION = "dataset"
     name: str = "digits"
+    """Which data set."""
     root: str = "~/.cache/fedsmooth"
     """Folder of the data set's files (``imagefolder``: what holds train/<class>/*, test/<class>/*)."""
     image_size: int | None = setting(None, at_least(1))
@@ -130,7 +131,9 @@ class PartitionConfig(Section):
 
     SECTION = "partition"
     scheme: str = setting("major_class", one_of("major_class", "iid", "dirichlet"))
+    """How training samples are dealt to clients."""
     num_clients: int = setting(10, at_least(1))
+    """Clients of the federation."""
     samples_per_client: int | None = setting(None, at_least(1))
     """Distinct samples a client holds; null divides the training set's size by ``num_clients``."""
     gamma: float = setting(0.1, within(0, 1))
@@ -145,7 +148,9 @@ class ModelConfig(Section):
 
     SECTION = "model"
     name: str = "small_cnn"
+    """Architecture."""
     init: str = setting("he", one_of("he", "default"))
+    """Initial weights: He et al. (2015), or PyTorch's own."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,9 @@ class SmoothingConfig(Section):
 
     SECTION = "smoothing"
     sigma: float = setting(0.25, at_least(0))
+    """Noise level in training; 0 trains without noise."""
     num_noise_vectors: int = setting(2, at_least(1))
+    """m, the noise draws for each image of a mini-batch."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,18 @@ class AttackConfig(Section):
 
     SECTION = "attack"
     attack_steps: int = setting(2, at_least(0))
+    """T; 0 trains without the attack."""
     step_rule: str = setting("gradient", one_of("gradient", "normalized"))
-    step_size: float = setting(0.01, above(0))
+    """``gradient``: step_size times g. ``normalized``: step_size times g / norm of g."""
+    step_size: float | None = setting(0.01, above(0))
+    """``gradient``: factor of the gradient (the paper's inner learning rate). ``normalized``: l2 length
+    of a step in [0, 1] pixel units; null takes 2 * epsilon / attack_steps, as in Salman et al."""
     epsilon: float | None = setting(None, at_least(0))
     """l2 budget in [0, 1] pixel units. Give this or ``epsilon_255``, never both."""
     epsilon_255: float | None = setting(128.0, at_least(0))
     """l2 budget in units of 1/255: 128 means 128/255."""
     estimator: str = setting("stochastic", one_of("stochastic", "one_point"))
+    """Eq. 3 (back-propagation) or eq. 4 (forward passes alone)."""
     variance_reduction: str = setting("none", one_of("none", "antithetic", "leave_one_out"))
     """For ``one_point`` alone; both keep the estimate unbiased."""
 
@@ -190,11 +202,23 @@ class AttackConfig(Section):
                 f"attack.epsilon_255={self.epsilon_255} is in units of 1/255, where less than 1 is below "
                 "one grey level: for [0, 1] units set attack.epsilon and attack.epsilon_255=null."
             )
+        if self.step_size is None and self.step_rule != "normalized":
+            raise ConfigError(
+                "attack.step_size=null means 2 * epsilon / attack_steps, the length of a normalized "
+                "step: set a number, or attack.step_rule=normalized."
+            )
         if self.variance_reduction != "none" and self.estimator != "one_point":
             raise ConfigError(
                 f"attack.variance_reduction={self.variance_reduction!r} belongs to the one-point "
                 "estimator: set attack.estimator=one_point or attack.variance_reduction=none."
             )
+
+    @property
+    def step(self) -> float:
+        """Step size of the configured rule, with null resolved (attack_steps >= 1)."""
+        if self.step_size is not None:
+            return self.step_size
+        return 2 * self.l2_budget / self.attack_steps
 
     @property
     def l2_budget(self) -> float:
@@ -211,11 +235,17 @@ class TrainingConfig(Section):
 
     SECTION = "training"
     local_steps: int = setting(20, at_least(1))
+    """E, the mini-batches of a client's round."""
     batch_size: int = setting(30, at_least(1))
+    """B. A client with fewer samples takes all of them."""
     learning_rate: float = setting(0.01, above(0))
+    """Of SGD."""
     momentum: float = setting(0.9, from_below(0, 1))
+    """Of SGD."""
     weight_decay: float = setting(0.0, at_least(0))
+    """Of SGD."""
     loss: str = setting("smoothed", one_of("smoothed", "cross_entropy"))
+    """``smoothed``: eq. 2. ``cross_entropy``: its mean over the noisy copies."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +254,15 @@ class FederationConfig(Section):
 
     SECTION = "federation"
     num_rounds: int = setting(30, at_least(1))
+    """Rounds of the run."""
     cohort_fraction: float = setting(0.5, above_up_to(0, 1))
     """Share of the clients sampled in a round (at least one client)."""
     checkpoint_every: int = setting(5, at_least(1))
+    """Rounds between two checkpoints; the last round always has one."""
     max_num_examples: int = setting(1_000_000, at_least(1))
     """A reply that claims more training samples than this is refused."""
     reply_timeout_seconds: float = setting(3600.0, above(0))
+    """A client that has not answered by then is left out of the round."""
     connect_timeout_seconds: float = setting(300.0, above(0))
     """How long the server waits for all of ``partition.num_clients`` to connect."""
 
@@ -242,6 +275,7 @@ class EvaluationConfig(Section):
     every: int = setting(5, at_least(0))
     """Rounds between two evaluations; 0 evaluates at the end alone."""
     batch_size: int = setting(500, at_least(1))
+    """Test images in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +288,11 @@ class CertificationConfig(Section):
     sigma: float | None = setting(None, above(0))
     """Noise level of the certified classifier; null takes ``smoothing.sigma``."""
     n0: int = setting(100, at_least(1))
+    """Draws that select a class."""
     n: int = setting(100_000, at_least(1))
+    """Fresh draws that count that class."""
     alpha: float = setting(0.001, strictly_between(0, 1))
+    """Failure probability of each image's certificate."""
     num_images: int | None = setting(None, at_least(1))
     """Test images to certify, evenly spaced (every k-th); null certifies all of them."""
     batch_size: int = setting(512, at_least(1))
@@ -270,6 +307,7 @@ class RuntimeConfig(Section):
 
     SECTION = "runtime"
     device: str = setting("auto", one_of("auto", "cpu", "cuda"))
+    """``auto`` is CUDA where there is one. In a simulation the clients use it too."""
     threads: int | None = setting(None, at_least(1))
     """CPU threads of PyTorch; null leaves its default."""
 
@@ -279,6 +317,7 @@ class TrainingPlan(Section):
     """What a client must know to train: federation-wide facts, sent by the server with each message."""
 
     seed: int = setting(0, within(0, 2**62))
+    """The run's seed. Every random draw of the run follows from it."""
     dataset: DatasetConfig = DatasetConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
@@ -309,6 +348,7 @@ class RunConfig(TrainingPlan):
     """Everything about a run: the training plan, and what the server alone needs."""
 
     name: str = "run"
+    """Part of the name of a new run directory. No result depends on it."""
     run_dir: str | None = None
     """Folder of everything the run leaves behind; null makes a new one under ``runs/``."""
     resume: bool = False

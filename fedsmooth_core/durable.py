@@ -20,11 +20,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def append_durably(path: Path, line: str) -> None:
-    """Append one line and its end, on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Append one line and its end, on the disk when this returns.
+
+    What a crash left of a line before it stays a line of its own.
+    """
+    is_new = not path.exists()
+    with path.open("ab+") as file:
+        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write((b"\n" if torn else b"") + line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    if is_new:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ def run_centralized(
     Raises:
         FedSmoothError: one sentence about what is wrong with the configuration, data or run.
     """
-    recorder = Recorder(config, observers)
+    recorder = Recorder(config, "centralized", observers)
     info = recorder.train_set.info
     data = ClientData.from_dataset(recorder.train_set, None, recorder.device)
     model = build_model(recorder.spec, info.mean, info.std, torch.Generator())

@@ -81,6 +81,7 @@ def certify_checkpoint(
         "n0": settings.n0,
         "n": settings.n,
         "alpha": settings.alpha,
+        "num_images": len(indices),
         "seed": config.seed,
         "precision": "float32",
         # CPU and CUDA draw different noise from one seed: both are valid, a mixture is not one file.

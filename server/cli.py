@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +16,7 @@ _OVERRIDES = "settings as Hydra overrides, e.g. experiment=quick smoothing.sigma
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; an error the user can mend is one sentence and exit status 2."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     console = Console()
     try:
         options.run(options, console)
@@ -29,9 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedsmooth", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read a command line; options may stand before, between and after the settings or paths."""
+    commands = parser()
+    options, rest = commands.parse_known_args(arguments)
+    # argparse itself takes positional arguments in one run only.
+    if any(word.startswith("-") for word in rest):
+        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    getattr(options, options.more).extend(rest)
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the commands and their options."""
+    fedsmooth = argparse.ArgumentParser(
+        prog="fedsmooth",
+        description="Certifiably robust federated learning: train, certify, look.",
+    )
+    commands = fedsmooth.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -40,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def overrides(sub: argparse.ArgumentParser, several: bool = False) -> None:
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+        sub.set_defaults(more="overrides")
         if several:
             sub.add_argument(
                 "-m",
@@ -61,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("-o", "--output", type=Path, help="folder for the rows and the summary")
     overrides(certify)
     show = command("report", _report, "Table and curve of certified accuracy of runs or row files.")
-    show.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_TSV")
+    show.add_argument("paths", nargs="+", metavar="RUN_OR_TSV")
+    show.set_defaults(more="paths")
     show.add_argument("-o", "--output", type=Path, help="stem of the pictures, without suffix")
     show.add_argument("--radius-step", type=float, default=0.25, help="grid step of the table")
     show.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -69,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     partition = command("partition", _partition, "Show what each client holds.")
     partition.add_argument("-o", "--output", type=Path, default=Path(), help="folder for pictures")
     overrides(partition)
-    return parser
+    return fedsmooth
 
 
 def _simulate(options: argparse.Namespace, console: Console) -> None:
@@ -100,7 +116,7 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
         return run_centralized(config, console, [TrainingProgress(console), TensorBoard()]).path
 
     # A resumed run has its own settings.
-    if "resume=true" not in options.overrides:
+    if "resume=true" not in map(str.lower, options.overrides):
         options.overrides.insert(0, "training=centralized")
     _run_all(options, console, run)
 
@@ -108,61 +124,44 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
 def _run_all(
     options: argparse.Namespace, console: Console, run: Callable[[RunConfig], Path]
 ) -> None:
-    from server.configuration import compose, sweep
+    from server.configuration import compose
+    from server.multirun import run_sweep
 
-    if not options.multirun:
+    if options.multirun:
+        run_sweep(options.overrides, console, run)
+    else:
         run(compose(options.overrides))
-        return
-    combinations = sweep(options.overrides)
-    # All of them are composed before the first one runs: a typo must not show after an hour.
-    configs = [compose(combination) for combination in combinations]
-    root = configs[0].run_dir
-    paths = []
-    for number, (config, combination) in enumerate(zip(configs, combinations, strict=True)):
-        console.rule(f"{number + 1} of {len(configs)}: {' '.join(combination)}")
-        if root is not None:
-            config = replace(config, run_dir=str(Path(root) / str(number)))
-        paths.append(run(config))
-    if configs[0].certification.at_end:
-        _show(paths, paths[0].parent / "sweep", configs[0].certification.radius_step, console)
 
 
 def _certify(options: argparse.Namespace, console: Console) -> None:
     from fedsmooth_core.checkpoint import load_checkpoint
     from server.certify import certify_checkpoint, find_checkpoint
     from server.configuration import with_overrides
+    from server.report import show
 
     path = find_checkpoint(options.checkpoint)
     config = with_overrides(load_checkpoint(path).metadata.get("config", {}), options.overrides)
-    folder = options.output or _certification_folder(path, config)
+    folder = options.output or _certification_folder(path)
     rows = certify_checkpoint(path, config, folder, console)
-    _show([rows], folder / "curve", config.certification.radius_step, console)
+    show([rows], folder / "curve", config.certification.radius_step, console)
 
 
-def _certification_folder(checkpoint: Path, config: RunConfig) -> Path:
-    """Return the run's own folder for its final model, one beside it for an earlier round's."""
-    run_dir = checkpoint.resolve().parent.parent
-    if checkpoint.stem == f"round-{config.federation.num_rounds:04d}":
-        return run_dir / "certification"
-    return run_dir / f"certification-{checkpoint.stem}"
+def _certification_folder(checkpoint: Path) -> Path:
+    """Return the run's own folder for the checkpoint's round, or one beside a loose checkpoint."""
+    folder = checkpoint.resolve().parent
+    if folder.name == "checkpoints":
+        return folder.parent / "certification" / checkpoint.stem
+    return folder / f"{checkpoint.stem}-certification"
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
-    from server.report import report
+    from server.report import report, show
 
+    paths = [Path(path) for path in options.paths]
     if options.json:
-        report(options.paths, options.output, options.radius_step, as_json=True)
+        report(paths, options.output, options.radius_step, as_json=True)
     else:
-        stem = options.output or Path("certified-accuracy")
-        _show(options.paths, stem, options.radius_step, console)
-
-
-def _show(paths: Sequence[Path], stem: Path, radius_step: float, console: Console) -> None:
-    """Print the table, draw the picture, and say where it is."""
-    from server.report import report
-
-    for picture in report(paths, stem, radius_step, as_json=False):
-        console.print(f"Picture: {picture}", soft_wrap=True)
+        show(paths, options.output or Path("certified-accuracy"), options.radius_step, console)
 
 
 def _config(options: argparse.Namespace, console: Console) -> None:
@@ -176,4 +175,4 @@ def _partition(options: argparse.Namespace, console: Console) -> None:
     from server.partition_report import report_partition
 
     for picture in report_partition(compose(options.overrides), options.output):
-        console.print(f"Picture: {picture}", soft_wrap=True)
+        console.print(f"Picture: {picture}", soft_wrap=True, markup=False)

@@ -25,7 +25,15 @@ from fedsmooth_core.errors import ConfigError
 CONF = Path(fedsmooth_core.__file__).resolve().parent.parent / "conf"
 
 # What may differ between an interrupted run and its continuation: nothing that changes a finished round.
-_FREE_ON_RESUME = ("run_dir", "resume", "name", "runtime", "certification", "federation.num_rounds")
+_FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "name",
+    "runtime",
+    "certification",
+    "federation.num_rounds",
+    "dataset.root",
+)
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
@@ -142,11 +150,10 @@ def _check_key(override: Override) -> None:
         )
     if key in _groups():
         options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-        value = override.value()
-        names = [value] if isinstance(value, str) else []
-        for name in names:
-            if name not in options:
-                raise ConfigError(f"{key}={name} is unknown: allowed are {', '.join(options)}.")
+        if not override.is_sweep_override() and override.value() not in options:
+            raise ConfigError(
+                f"{override.input_line} is unknown: allowed are {', '.join(options)}."
+            )
         return
     known = _setting_keys()
     if key not in known:

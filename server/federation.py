@@ -21,7 +21,7 @@ def run_federation(
     Raises:
         FedSmoothError: one sentence about what is wrong with the configuration, data or run.
     """
-    recorder = Recorder(config, observers)
+    recorder = Recorder(config, "federated", observers)
     remaining = config.federation.num_rounds - recorder.completed_rounds
     if remaining > 0:
         strategy = SmoothAdvFedAvg(

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
 from server.certify import certify_checkpoint
-from server.report import report
+from server.report import show
 from server.run_directory import RunDirectory
 
 
@@ -16,8 +16,7 @@ def certify_run(config: RunConfig, run: RunDirectory, console: Console) -> None:
     if not config.certification.at_end:
         return
     final = run.checkpoint(config.federation.num_rounds)
-    certify_checkpoint(final, config, run.certification, console)
-    step = config.certification.radius_step
-    for picture in report([run.path], run.path / "curve", step, as_json=False):
-        console.print(f"Picture: {picture}", soft_wrap=True)
-    console.print(f"Run directory: {run.path}", soft_wrap=True)
+    folder = run.certification(config.federation.num_rounds)
+    certify_checkpoint(final, config, folder, console)
+    show([run.path], run.path / "curve", config.certification.radius_step, console)
+    console.print(f"Run directory: {run.path}", soft_wrap=True, markup=False)

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedsmooth_core import wire
 from fedsmooth_core.config import RunConfig
 from server.recorder import RoundRecord
 from server.run_directory import RunDirectory
@@ -49,7 +50,7 @@ def counting(console: Console | None, title: str, total: int) -> Iterator[Callab
         done += 1
         if done == total or time.monotonic() - last > _LOG_SECONDS:
             last = time.monotonic()
-            console.print(f"{title}: {done} of {total}, {note}")
+            console.print(f"{title}: {done} of {total}, {note}", soft_wrap=True)
 
     yield advance
 
@@ -68,7 +69,7 @@ class TrainingProgress:
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
         self._total = config.federation.num_rounds
-        self._console.print(f"Run directory: {run.path}", soft_wrap=True)
+        self._console.print(f"Run directory: {run.path}", soft_wrap=True, markup=False)
         if completed_rounds:
             self._console.print(f"Resumed after round {completed_rounds} of {self._total}.")
         if self._bars is not None:
@@ -87,6 +88,7 @@ class TrainingProgress:
             self._console.print(
                 f"Round {record.server_round}: client {refusal.client} is refused: {refusal.reason}.",
                 soft_wrap=True,
+                markup=False,  # the reason may hold whatever a client wrote
             )
         if record.evaluation:
             clean, noisy = (record.evaluation[f"{kind}-accuracy"] for kind in ("clean", "noisy"))
@@ -96,11 +98,12 @@ class TrainingProgress:
             self._bars.reset(self._clients)
         elif record.evaluation or time.monotonic() - self._printed > _LOG_SECONDS:
             self._printed = time.monotonic()
-            loss = record.trained.metrics.get("train-loss", float("nan"))
+            loss = record.trained.metrics.get(wire.TRAIN_LOSS, float("nan"))
             seconds = sum(record.trained.seconds.values())
             parts = [f"train loss {loss:.3f}", self._last, f"{seconds:.1f} s a round"]
             self._console.print(
-                f"Round {record.server_round} of {self._total}: {', '.join(filter(None, parts))}"
+                f"Round {record.server_round} of {self._total}: {', '.join(filter(None, parts))}",
+                soft_wrap=True,
             )
 
     def run_finished(self) -> None:

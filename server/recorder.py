@@ -13,7 +13,7 @@ from fedsmooth_core.checkpoint import latest_checkpoint, load_checkpoint, save_c
 from fedsmooth_core.config import RunConfig, to_nested
 from fedsmooth_core.data import ArrayDataset, load_dataset
 from fedsmooth_core.device import choose_device
-from fedsmooth_core.errors import CheckpointError
+from fedsmooth_core.errors import ConfigError, DataError
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.seeding import Purpose, torch_generator
 from server.evaluation import Evaluator
@@ -42,7 +42,8 @@ def state_distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> floa
         for name in new
         if new[name].is_floating_point()
     ]
-    return math.sqrt(sum(squares))
+    # Exact, so that it does not depend on the order in which a file keeps the tensors.
+    return math.sqrt(math.fsum(squares))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Recorder:
         state: the weights to start from.
     """
 
-    def __init__(self, config: RunConfig, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, config: RunConfig, kind: str, observers: Sequence[Observer]) -> None:
         if config.runtime.threads is not None:
             torch.set_num_threads(config.runtime.threads)
         self.config = config
@@ -101,7 +102,7 @@ class Recorder:
         model = build_model(self.spec, info.mean, info.std, stream)
         self._evaluate = Evaluator(config, self.spec, self.test_set, self.device)
         # Nothing is written before the configuration has proved to make a model.
-        self.run = RunDirectory.open(config)
+        self.run = RunDirectory.open(config, kind)
         self._observers = observers
         self.completed_rounds, self.state = 0, dict(model.state_dict())
         if config.resume:
@@ -113,14 +114,25 @@ class Recorder:
 
     def _resume(self) -> None:
         path = latest_checkpoint(self.run.checkpoints)
-        if path is None:
-            raise CheckpointError(
-                f"{self.run.checkpoints} holds no complete checkpoint: start a new run in another run_dir."
-            )
+        if path is None:  # interrupted before its first checkpoint: the seed makes the same model
+            self.run.forget_rounds_after(0)
+            self._save(0, self.state)
+            return
         checkpoint = load_checkpoint(path)
-        self.completed_rounds = int(checkpoint.metadata["round"])
-        self.state = checkpoint.state
-        self.run.forget_rounds_after(self.completed_rounds)
+        completed, wanted = int(checkpoint.metadata["round"]), self.config.federation.num_rounds
+        if completed > wanted:
+            raise ConfigError(
+                f"federation.num_rounds={wanted} is less than the {completed} rounds that "
+                f"{self.run.path} has completed: allowed is {completed} or more."
+            )
+        fingerprint = self.train_set.info.fingerprint
+        if checkpoint.metadata["dataset"]["fingerprint"] != fingerprint:
+            raise DataError(
+                f"dataset.root={self.config.dataset.root} does not hold the images that "
+                f"{self.run.path} was started with: give dataset.root=<where they are>."
+            )
+        self.completed_rounds, self.state = completed, checkpoint.state
+        self.run.forget_rounds_after(completed)
 
     def round_finished(
         self, server_round: int, state: Mapping[str, Tensor], trained: TrainedRound

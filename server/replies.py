@@ -1,6 +1,6 @@
 """Check what clients send back; nothing of a reply is used before it has passed."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,7 +52,8 @@ def _check_metrics(metrics: MetricRecord, max_num_examples: int) -> None:
             f"its metrics are {sorted(metrics)} instead of {sorted(wire.TRAIN_METRICS)}"
         )
     for name, value in metrics.items():
-        if isinstance(value, bool | list) or not math.isfinite(value):
+        # NaN compares as false; an integer beyond all floats is none that can be averaged.
+        if isinstance(value, bool | list) or not abs(value) <= sys.float_info.max:
             raise BadReplyError(f"{name}={value!r} is not a finite number")
     num_examples = metrics[wire.NUM_EXAMPLES]
     if not isinstance(num_examples, int) or not 0 < num_examples <= max_num_examples:
@@ -77,7 +78,8 @@ def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str
             received = torch.from_numpy(array.numpy())
         except Exception as error:
             # Any bytes can arrive here, and NumPy raises many kinds of errors on them.
-            raise BadReplyError(f"tensor {name!r} cannot be decoded ({error})") from error
+            what = " ".join(str(error).split())
+            raise BadReplyError(f"tensor {name!r} cannot be decoded ({what})") from error
         if received.shape != tensor.shape:
             raise BadReplyError(
                 f"tensor {name!r} has shape {tuple(received.shape)} instead of {tuple(tensor.shape)}"

@@ -24,12 +24,13 @@ from fedsmooth_core.certification.analysis import (
     read_rows,
     summary,
 )
+from fedsmooth_core.certification.rows import parameters_path
 from fedsmooth_core.config import Scalar, to_flat
 from fedsmooth_core.errors import CertificationError
 from server import configuration
 
-ROWS_IN_RUN = Path("certification", "rows.tsv")
-"""Where a run directory keeps its certification rows."""
+ROWS_IN_RUN = "certification/round-*/rows.tsv"
+"""Where a run directory keeps its certification rows: a folder for each certified round."""
 
 # Settings that do not say what was trained or certified, so no curve is named after them.
 _SAYS_NOTHING = (
@@ -89,26 +90,42 @@ def report(
     return [] if out is None else plot_curves(curves, out)
 
 
+def show(paths: Sequence[Path], out: Path, radius_step: float, console: Console) -> None:
+    """Print the table, draw the pictures, and say where they are."""
+    for picture in report(paths, out, radius_step, as_json=False):
+        console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
+
+
 def load_curve(path: Path) -> Curve:
-    """Read one certification, of a run directory or a file of rows, labelled with its name.
+    """Read one certification, labelled with its name.
+
+    ``path`` is a file of rows, or a run directory: that has those of its last certified round.
 
     Raises:
         CertificationError: if there are no rows, or they cannot be read.
         ConfigError: if a run's recorded settings cannot be read.
     """
     if path.is_dir():
-        file, label = path / ROWS_IN_RUN, path.resolve().name
-        if not file.is_file():
+        certified = sorted(path.glob(ROWS_IN_RUN))
+        if not certified:
             raise CertificationError(
                 f"{path} holds no {ROWS_IN_RUN}: it is no run, or nothing in it is certified yet."
             )
+        file, label = certified[-1], path.resolve().name
         details = to_flat(configuration.load(path))
     else:
-        file, label, details = path, path.name.removesuffix(".tsv"), {}
+        file, label, details = path, path.name.removesuffix(".tsv"), _parameters(path)
     rows = read_rows(file)
     if not len(rows):
         raise CertificationError(f"{file} has no rows yet: report it once an image is certified.")
     return Curve(label, rows, path, details)
+
+
+def _parameters(rows: Path) -> dict[str, Scalar]:
+    """Return what our own files of rows say about themselves; a published file says nothing."""
+    beside = parameters_path(rows)
+    parameters: dict[str, Scalar] = json.loads(beside.read_text()) if beside.is_file() else {}
+    return parameters
 
 
 def with_labels(curves: Sequence[Curve]) -> list[Curve]:
@@ -177,7 +194,7 @@ def print_table(curves: Sequence[Curve], radii: Sequence[float], console: Consol
         table.add_row(
             Text(curve.label),
             *(f"{100 * value:.1f}" for value in accuracy),
-            f"{average_certified_radius(curve.rows):.3f}",
+            f"{average_certified_radius(curve.rows):.4f}",
             f"{100 * abstention_rate(curve.rows):.1f}",
             f"{len(curve.rows)}",
         )
@@ -238,7 +255,7 @@ def _draw(axes: Any, curve: Curve, grid: NDArray[np.float64], number: int) -> No
     style = _LINE_STYLES[number % len(_LINE_STYLES)]
     accuracy = certified_accuracy(curve.rows, grid)
     low, high = confidence_interval(curve.rows, grid)
-    # A certificate holds up to its radius inclusive: the curve falls after a point, not before.
+    # The field counts an image at its own radius too: the curve falls after a point, not before.
     axes.fill_between(grid, low, high, step="pre", color=colour, alpha=0.13, linewidth=0)
     axes.plot(
         grid, accuracy, drawstyle="steps-pre", color=colour, linestyle=style, label=curve.label

@@ -133,7 +133,8 @@ class SmoothAdvFedAvg(FedAvg):
             if reply is None:
                 self._refuse(client, "no reply came in time")
             elif reply.has_error():
-                self._refuse(client, str(reply.error.reason).rstrip("."))
+                # Whatever text a client sends: one line in the log and in the metrics.
+                self._refuse(client, " ".join(str(reply.error.reason).split()).rstrip("."))
             else:
                 try:
                     accepted.append(

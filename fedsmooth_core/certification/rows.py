@@ -144,4 +144,3 @@ class RowFile:
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-

@@ -23,42 +23,11 @@ from fedsmooth_core.config import RunConfig, Section, TrainingPlan, to_nested
 from fedsmooth_core.data import dataset_names
 from fedsmooth_core.models import registry
 from server import configuration
-from server.cli import _parser
+from server.cli import parse, parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 DOCUMENTS = sorted([*ROOT.glob("README.md"), *(ROOT / "docs").rglob("*.md")])
-
-# What the fields say that have no docstring of their own in fedsmooth_core/config.py.
-MEANINGS = {
-    "seed": "The run's seed. Every random draw of the run follows from it.",
-    "name": "Part of the name of a new run directory. No result depends on it.",
-    "dataset.name": "Which data set.",
-    "partition.scheme": "How training samples are dealt to clients.",
-    "partition.num_clients": "Clients of the federation.",
-    "model.name": "Architecture.",
-    "model.init": "Initial weights: He et al. (2015), or PyTorch's own.",
-    "smoothing.sigma": "Noise level in training; 0 trains without noise.",
-    "smoothing.num_noise_vectors": "m, the noise draws for each image of a mini-batch.",
-    "attack.attack_steps": "T; 0 trains without the attack.",
-    "attack.step_rule": "`gradient`: step_size times g. `normalized`: step_size times g / norm of g.",
-    "attack.step_size": "The paper's inner learning rate, or the l2 length of a normalized step.",
-    "attack.estimator": "Eq. 3 (back-propagation) or eq. 4 (forward passes alone).",
-    "training.local_steps": "E, the mini-batches of a client's round.",
-    "training.batch_size": "B. A client with fewer samples takes all of them.",
-    "training.learning_rate": "Of SGD.",
-    "training.momentum": "Of SGD.",
-    "training.weight_decay": "Of SGD.",
-    "training.loss": "`smoothed`: eq. 2. `cross_entropy`: its mean over the noisy copies.",
-    "federation.num_rounds": "Rounds of the run.",
-    "federation.checkpoint_every": "Rounds between two checkpoints; the last round always has one.",
-    "federation.reply_timeout_seconds": "A client that has not answered by then is left out of the round.",
-    "evaluation.batch_size": "Test images in one forward pass.",
-    "certification.n0": "Draws that select a class.",
-    "certification.n": "Fresh draws that count that class.",
-    "certification.alpha": "Failure probability of each image's certificate.",
-    "runtime.device": "`auto` is CUDA where there is one. In a simulation the clients use it too.",
-}
 
 # --------------------------------------------------------------------------------------------------
 # The tables of docs/configuration.md
@@ -145,7 +114,7 @@ def _settings_table(title: str, section: type[Section], prefix: str) -> str:
         default = f"`{_yaml(value)}`"
         if value != item.default:
             default += f" (library: `{_yaml(item.default)}`)"
-        meaning = documented.get(item.name) or MEANINGS[key]
+        meaning = documented[item.name]
         lines[-1] += (
             f"\n| `{key}` | {default} | {_allowed(key, item, hint)} | {_markdown(meaning)} |"
         )
@@ -205,15 +174,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def test_the_tables_of_settings_are_current():
     text = CONFIGURATION.read_text()
     assert text == refreshed(text), "run: python tests/docs/test_docs.py --write"
-
-
-def test_meanings_are_only_for_settings_without_a_docstring():
-    hints = get_type_hints(RunConfig)
-    for key in MEANINGS:
-        section, _, name = key.rpartition(".")
-        cls = hints[section] if section else RunConfig
-        assert name in {item.name for item in fields(cls)}
-        assert name not in _docstrings(cls), f"{key} explains itself in config.py: drop it here"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,9 +277,9 @@ def test_commands_are_accepted(words, tmp_path):
 def _check_fedsmooth(arguments: list[str], tmp_path: Path) -> None:
     if arguments in (["--help"], [arguments[0], "--help"]):
         arguments = [word for word in arguments if word != "--help"]
-        assert not arguments or arguments[0] in _parser().format_help()
+        assert not arguments or arguments[0] in parser().format_help()
         return
-    options = _parser().parse_args(arguments)  # exits on what it does not know
+    options = parse(arguments)  # exits on what it does not know
     overrides = list(getattr(options, "overrides", []))
     command = arguments[0]
     if command == "certify":

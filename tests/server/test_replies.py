@@ -1,0 +1,256 @@
+"""Replies: nothing of one is used before all of it has been checked, and no bytes are trusted."""
+
+import contextlib
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.replies import BadReplyError, read_reply
+from server.simulation import InProcessGrid
+
+CAP = 1000
+EXPECTED = {
+    "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "bias": torch.zeros(3, dtype=torch.float64),
+    "count": torch.tensor(7),
+}
+METRICS = {"num-examples": 40, "train-loss": 1.5, "train-accuracy": 0.5, "train-seconds": 2.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def speaking_as_the_server():
+    InProcessGrid(1)
+
+
+def reply(arrays=None, metrics=None, content=None):
+    """A train reply, good but for what is given."""
+    if content is None:
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(EXPECTED) if arrays is None else arrays,
+                "metrics": MetricRecord(METRICS if metrics is None else metrics),
+            }
+        )
+    return Message(content, 1, "train")
+
+
+def reason(message):
+    with pytest.raises(BadReplyError) as error:
+        read_reply(message, EXPECTED, CAP)
+    text = str(error.value)
+    assert "\n" not in text
+    assert not text.endswith(".")
+    return text
+
+
+def with_tensor(name, tensor):
+    return ArrayRecord(EXPECTED | {name: tensor})
+
+
+def with_array(data, stype="numpy.ndarray"):
+    """A reply whose ``weight`` says that it is what it should be, and holds these bytes."""
+    arrays = ArrayRecord(EXPECTED)
+    arrays["weight"] = Array("float32", (2, 3), stype, data)
+    return reply(arrays)
+
+
+def npy(array, allow_pickle=False):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+def test_a_good_reply_comes_through_as_it_is():
+    state, metrics = read_reply(reply(), EXPECTED, CAP)
+    assert list(state) == list(EXPECTED)
+    for name, tensor in EXPECTED.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor)
+    assert dict(metrics) == METRICS
+
+
+def test_the_order_of_its_tensors_does_not_matter():
+    reversed_arrays = ArrayRecord(dict(reversed(EXPECTED.items())))
+    state, _ = read_reply(reply(reversed_arrays), EXPECTED, CAP)
+    assert list(state) == list(EXPECTED)
+
+
+@pytest.mark.parametrize("kept", [["arrays"], ["metrics"], []])
+def test_a_reply_without_one_of_its_records_is_refused(kept):
+    whole = reply().content
+    text = reason(reply(content=RecordDict({name: whole[name] for name in kept})))
+    assert text == "it lacks the record 'arrays' or 'metrics'"
+    other = RecordDict({"arrays": ConfigRecord(), "metrics": ConfigRecord()})
+    assert reason(reply(content=other)) == text
+
+
+# --- metrics
+
+
+@pytest.mark.parametrize("missing", METRICS)
+def test_a_missing_metric_is_named(missing):
+    text = reason(reply(metrics={key: METRICS[key] for key in METRICS if key != missing}))
+    assert text.startswith("its metrics are ")
+    assert missing not in text.split(" instead of ")[0]
+    assert missing in text.split(" instead of ")[1]
+
+
+def test_a_metric_more_is_named():
+    assert "'test-loss'" in reason(reply(metrics=METRICS | {"test-loss": 1.0}))
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -float("inf"), [40], [1.0], 10**400],
+    ids=["nan", "inf", "-inf", "integers", "floats", "beyond floats"],
+)
+def test_a_metric_is_one_finite_number(name, value):
+    text = reason(reply(metrics=METRICS | {name: value}))
+    assert text.startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("value", [0, -1, -(2**63), CAP + 1, 2**62, 40.0, 0.5])
+def test_num_examples_is_a_whole_number_up_to_the_cap(value):
+    assert reason(reply(metrics=METRICS | {"num-examples": value})) == (
+        f"num-examples={value!r} is not an integer in [1, {CAP}]"
+    )
+
+
+@pytest.mark.parametrize("value", [1, CAP])
+def test_num_examples_may_be_anything_up_to_the_cap(value):
+    _, metrics = read_reply(reply(metrics=METRICS | {"num-examples": value}), EXPECTED, CAP)
+    assert metrics["num-examples"] == value
+
+
+# --- tensors
+
+
+def test_a_missing_tensor_is_named():
+    arrays = ArrayRecord({name: EXPECTED[name] for name in ("weight", "count")})
+    assert reason(reply(arrays)) == (
+        "its tensors differ from the model's: missing ['bias'], extra []"
+    )
+
+
+def test_a_tensor_more_is_named():
+    text = reason(reply(with_tensor("backdoor", torch.zeros(1))))
+    assert text == "its tensors differ from the model's: missing [], extra ['backdoor']"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", (3, 2)), ("weight", (1, 3)), ("weight", ()), ("count", (1,))]
+)
+def test_another_shape_is_refused_even_where_it_would_broadcast(name, shape):
+    text = reason(reply(with_tensor(name, torch.zeros(shape, dtype=EXPECTED[name].dtype))))
+    assert text == f"tensor {name!r} has shape {shape} instead of {tuple(EXPECTED[name].shape)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("weight", "float64"), ("weight", "float16"), ("bias", "float32"), ("count", "float32")],
+)
+def test_another_dtype_is_refused(name, dtype):
+    tensor = EXPECTED[name].to(getattr(torch, dtype))
+    text = reason(reply(with_tensor(name, tensor)))
+    assert text == f"tensor {name!r} is torch.{dtype} instead of {EXPECTED[name].dtype}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_one_value_that_is_not_finite_is_enough(name, value):
+    tensor = EXPECTED[name].clone()
+    tensor.view(-1)[-1] = value
+    text = reason(reply(with_tensor(name, tensor)))
+    assert text == f"tensor {name!r} has values that are not finite"
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize("stype", ["torch.tensor", "pickle", ""])
+def test_only_numpys_format_is_read(stype):
+    text = reason(with_array(npy(EXPECTED["weight"].numpy()), stype))
+    assert text == f"tensor 'weight' is serialised as {stype!r}"
+
+
+def archive():
+    file = io.BytesIO()
+    np.savez(file, weight=np.zeros((2, 3), np.float32))
+    return file.getvalue()
+
+
+GOOD = npy(EXPECTED["weight"].numpy())
+UNDECODABLE = {
+    "empty": b"",
+    "header alone": GOOD[:64],
+    "torn": GOOD[:-1],
+    "other magic": b"\x93NUMPX" + GOOD[6:],
+    "unknown version": GOOD[:6] + b"\x09\x00" + GOOD[8:],
+    "huge header": GOOD[:8] + b"\xff\xff" + GOOD[10:] + b" " * 70_000,
+    "archive": archive(),
+    "torn archive": archive()[:50],
+    "text": npy(np.array(["a", "b"])),
+    "records": npy(np.zeros(2, dtype=[("a", "f4"), ("b", "i4")])),
+    "other byte order": npy(np.zeros((2, 3), ">f4")),
+}
+
+
+@pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE.keys())
+def test_bytes_that_are_no_array_of_numbers_are_refused(data):
+    assert reason(with_array(data)).startswith("tensor 'weight' cannot be decoded (")
+
+
+def test_an_array_that_claims_more_than_all_memory_is_refused():
+    """The header is the sender's word; 10^15 values would not fit any machine."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**15,)}
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    text = reason(with_array(file.getvalue() + b"\0" * 24))
+    assert text.startswith("tensor 'weight' cannot be decoded (")
+
+
+@given(data=st.binary(max_size=400))
+def test_no_random_bytes_do_anything_but_be_refused(data):
+    assert "tensor 'weight'" in reason(with_array(data))
+
+
+@given(data=st.data())
+def test_a_good_array_with_any_byte_changed_is_refused_or_the_right_kind(data):
+    changed = bytearray(GOOD)
+    position = data.draw(st.integers(0, len(GOOD) - 1))
+    changed[position] ^= data.draw(st.integers(1, 255))
+    state = EXPECTED
+    with contextlib.suppress(BadReplyError):
+        state, _ = read_reply(with_array(bytes(changed)), EXPECTED, CAP)
+    assert state["weight"].shape == (2, 3)
+    assert state["weight"].dtype == torch.float32
+    assert torch.isfinite(state["weight"]).all()
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["in an object array", "bare"])
+def test_a_pickled_object_is_refused_and_never_unpickled(wrapped, tmp_path):
+    sprung = tmp_path / "sprung"
+    trap = np.array([Trap(sprung)], dtype=object)
+    data = npy(trap, allow_pickle=True) if wrapped else pickle.dumps(trap[0])
+    assert reason(with_array(data)).startswith("tensor 'weight' cannot be decoded (")
+    assert not sprung.exists()
+    np.load(io.BytesIO(data), allow_pickle=True)  # the trap is a live one
+    assert sprung.exists()

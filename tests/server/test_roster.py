@@ -1,0 +1,162 @@
+"""The roster: a stable client number for every node that answers as it should."""
+
+import dataclasses
+import logging
+
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import client.app
+import server.roster
+from fedsmooth_core.errors import ConfigError
+from server.roster import Roster
+from server.simulation import InProcessGrid
+
+
+class NodesGrid(InProcessGrid):
+    """Nodes with configurations of their own, in the order given; ``connected`` may be changed."""
+
+    def __init__(self, node_configs, client_app=client.app.app):
+        super().__init__(0, client_app=client_app)
+        self._contexts = {
+            node: Context(1, node, config, RecordDict(), {})
+            for node, config in node_configs.items()
+        }
+        self.connected = list(node_configs)
+        self.questions = []
+
+    def get_node_ids(self):
+        return list(self.connected)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        self.questions += [message.metadata.dst_node_id for message in messages]
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def partitions(numbers, total):
+    """Node 100 + i is the client of ``numbers[i]``."""
+    return {
+        100 + i: {"partition-id": number, "num-partitions": total}
+        for i, number in enumerate(numbers)
+    }
+
+
+def devices(*nodes):
+    return {node: {"data-path": "/data"} for node in nodes}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(server.roster, "_POLL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_a_simulated_node_is_the_client_of_its_partition():
+    grid = NodesGrid(partitions([2, 0, 1], 3))
+    assert Roster(3).wait(grid, 1) == {2: 100, 0: 101, 1: 102}
+
+
+def test_devices_are_numbered_by_node_id_whatever_order_they_answer_in():
+    assert Roster(3).wait(NodesGrid(devices(30, 10, 20)), 1) == {0: 10, 1: 20, 2: 30}
+    assert Roster(3).wait(NodesGrid(devices(20, 30, 10)), 1) == {0: 10, 1: 20, 2: 30}
+
+
+def test_devices_take_the_numbers_that_partitions_leave():
+    nodes = partitions([1], 3) | devices(9, 5)
+    assert Roster(3).wait(NodesGrid(nodes), 1) == {1: 100, 0: 5, 2: 9}
+
+
+def test_a_node_is_asked_once_and_keeps_its_number():
+    grid = NodesGrid(devices(10, 20))
+    roster = Roster(3)
+    assert roster.refresh(grid) == {0: 10, 1: 20}
+    grid.connected = [20]
+    assert roster.refresh(grid) == {1: 20}
+    grid._contexts[5] = dataclasses.replace(grid._contexts[10], node_id=5)
+    grid.connected = [5, 10, 20]
+    assert roster.refresh(grid) == {0: 10, 1: 20, 2: 5}
+    assert grid.questions == [10, 20, 5]
+
+
+def test_it_waits_for_nodes_that_appear_late():
+    class SlowGrid(NodesGrid):
+        calls = 0
+
+        def get_node_ids(self):
+            self.calls += 1
+            return self.connected[: self.calls - 1]
+
+    grid = SlowGrid(partitions([0, 1, 2], 3))
+    assert Roster(3).wait(grid, 60) == {0: 100, 1: 101, 2: 102}
+    assert grid.calls == 4
+
+
+def test_a_client_that_never_connects_ends_the_wait_with_a_sentence():
+    with pytest.raises(ConfigError) as error:
+        Roster(4).wait(NodesGrid(partitions([0, 1, 3], 4)), 0.01)
+    assert str(error.value).startswith("Only 3 of 4 clients connected within 0.01 seconds: ")
+    assert "federation.connect_timeout_seconds" in str(error.value)
+
+
+def test_two_nodes_of_one_partition_are_one_client(log):
+    roster = Roster(2)
+    assert roster.refresh(NodesGrid(partitions([1, 1], 2))) == {1: 100}
+    assert "Node 101 is left out: partition-id=1 is another node's already" in log.text
+
+
+def test_a_federation_of_another_size_is_refused():
+    with pytest.raises(ConfigError) as error:
+        Roster(10).wait(NodesGrid(partitions([0, 1, 2, 3], 4)), 1)
+    message = str(error.value)
+    assert "4 partitions" in message
+    assert "partition.num_clients=10" in message
+    assert "num-supernodes=10" in message
+
+
+def test_a_node_that_cannot_say_who_it_is_is_left_out_with_its_reason(log):
+    grid = NodesGrid(partitions([0], 1) | {50: {}})
+    assert Roster(1).refresh(grid) == {0: 100}
+    assert "Node 50 is left out" in log.text
+    assert "neither a partition nor a data path" in log.text
+
+
+@pytest.mark.parametrize("partition", [-1, 2, 1.0, "1"])
+def test_an_answer_that_is_no_partition_is_left_out(partition, log):
+    """The client checks its own configuration; the server takes no client's word for it."""
+    app = ClientApp()
+
+    @app.query()
+    def answer(message, context):
+        record = ConfigRecord({"partition-id": partition, "num-partitions": 2})
+        return Message(RecordDict({"config": record}), reply_to=message)
+
+    assert Roster(2).refresh(NodesGrid({7: {}}, app)) == {}
+    assert f"its partition-id={partition!r} is no partition" in log.text
+
+
+def test_an_error_made_up_for_a_lost_node_leaves_no_other_node_out():
+    """Flower answers for a lost node as node 1; the node is asked again while it is connected."""
+    lost = True
+
+    class LosingGrid(NodesGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                if lost and reply.metadata.src_node_id == 101:
+                    # Its source is the destination of what it replies to: node 1, the server.
+                    reply = Message(Error(5, "node unavailable"), reply_to=reply)
+                yield reply
+
+    grid = LosingGrid(partitions([0, 1], 2))
+    roster = Roster(2)
+    assert roster.refresh(grid) == {0: 100}
+    lost = False
+    assert roster.refresh(grid) == {0: 100, 1: 101}

@@ -1,0 +1,368 @@
+"""Weighted FedAvg over cohorts with clients that misbehave in every way."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import client.app
+from fedsmooth_core.config import (
+    FederationConfig,
+    PartitionConfig,
+    RunConfig,
+    TrainingPlan,
+    from_flat,
+)
+from fedsmooth_core.models import ModelSpec
+from server.progress import TrainingProgress
+from server.recorder import RoundRecord, TrainedRound
+from server.replies import Refusal
+from server.sampling import sample_cohort
+from server.simulation import InProcessGrid, quiet_flower
+from server.strategy import SmoothAdvFedAvg
+
+SPEC = ModelSpec("small_cnn", "he", 3, 1, 8, 8)
+INITIAL = {
+    "weight": torch.linspace(-1, 1, 12, dtype=torch.float32).reshape(3, 4),
+    "scale": torch.tensor(0.5, dtype=torch.float64),
+    "batches": torch.tensor(100),
+}
+
+
+def local_model(number, server_round=1):
+    """What client ``number`` makes of any model: values of its own."""
+    generator = torch.Generator().manual_seed(1000 * server_round + number)
+    return {
+        "weight": torch.randn(3, 4, generator=generator),
+        "scale": torch.randn((), generator=generator, dtype=torch.float64),
+        "batches": torch.tensor(100 + 7 * number % 5),
+    }
+
+
+def num_examples(number):
+    return 10 + 37 * number % 101
+
+
+def good_reply(number, server_round=1):
+    metrics = {
+        "num-examples": num_examples(number),
+        "train-loss": float(number),
+        "train-accuracy": 0.5,
+        "train-seconds": 1.0,
+    }
+    arrays = ArrayRecord(local_model(number, server_round))
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
+
+
+def federation(num_clients, misbehave=None, **settings):
+    """A strategy and a grid whose clients answer with fixed models, but for those that misbehave.
+
+    Args:
+        misbehave: {client: function from its good reply to what it sends instead}.
+        settings: of the federation.
+    """
+    app = ClientApp()
+    app.query()(client.app.describe)
+    seen = []
+
+    @app.train()
+    def train(message, context):
+        number = context.node_config["partition-id"]
+        seen.append((message, number))
+        server_round = message.content["config"]["server-round"]
+        content = good_reply(number, server_round)
+        content = (misbehave or {}).get(number, lambda same: same)(content)
+        return Message(content, reply_to=message)
+
+    config = RunConfig(
+        partition=PartitionConfig(num_clients=num_clients),
+        federation=FederationConfig(**{"cohort_fraction": 1.0} | settings),
+    )
+    strategy = SmoothAdvFedAvg(config, SPEC, ["a", "b", "c"])
+    grid = InProcessGrid(num_clients, client_app=app)
+    grid.seen = seen
+    return strategy, grid
+
+
+def run(strategy, grid, num_rounds=1):
+    """Return the global model after some rounds."""
+    quiet_flower()
+    seen = []
+    strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(INITIAL),
+        num_rounds=num_rounds,
+        evaluate_fn=lambda server_round, arrays: seen.append(arrays),
+    )
+    assert len(seen) == 1 + num_rounds
+    return seen[-1].to_torch_state_dict()
+
+
+def oracle(numbers, server_round=1):
+    """sum_k (n_k / n) theta_k in float64 NumPy; counters take the maximum."""
+    weights = np.array([num_examples(k) for k in numbers], np.float64)
+    models = [local_model(k, server_round) for k in numbers]
+    mean = {
+        name: sum(w * m[name].double().numpy() for w, m in zip(weights, models, strict=True))
+        / weights.sum()
+        for name in ("weight", "scale")
+    }
+    return mean | {"batches": max(int(m["batches"]) for m in models)}
+
+
+def assert_average_of(state, numbers, server_round=1):
+    expected = oracle(numbers, server_round)
+    assert {name: value.dtype for name, value in state.items()} == {
+        name: value.dtype for name, value in INITIAL.items()
+    }
+    np.testing.assert_allclose(state["weight"].numpy(), expected["weight"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(state["scale"].numpy(), expected["scale"], rtol=1e-12)
+    assert int(state["batches"]) == expected["batches"]
+
+
+def assert_same(first, second):
+    for name in INITIAL:
+        assert torch.equal(first[name], second[name])
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_clients=st.integers(1, 12))
+def test_the_aggregate_is_the_sample_weighted_mean(num_clients):
+    strategy, grid = federation(num_clients)
+    assert_average_of(run(strategy, grid), range(num_clients))
+    assert strategy.trained.refused == []
+    assert strategy.trained.num_examples == sum(map(num_examples, range(num_clients)))
+
+
+def test_what_a_round_did_is_recorded():
+    strategy, grid = federation(3)
+    state = run(strategy, grid)
+    weights = [num_examples(k) for k in range(3)]
+    assert strategy.trained.cohort == [0, 1, 2]
+    expected_loss = sum(k * n for k, n in enumerate(weights)) / sum(weights)
+    assert strategy.trained.metrics["train-loss"] == pytest.approx(expected_loss)
+    moved = [(state[name] - INITIAL[name]).double().norm() ** 2 for name in ("weight", "scale")]
+    assert strategy.trained.update_norm == pytest.approx(float(sum(moved)) ** 0.5, rel=1e-6)
+    assert set(strategy.trained.seconds) == {"train", "aggregate"}
+
+
+def test_a_client_is_sent_the_model_the_plan_and_its_number():
+    strategy, grid = federation(4)
+    run(strategy, grid)
+    assert len(grid.seen) == 4
+    for message, number in grid.seen:
+        assert_same(message.content["arrays"].to_torch_state_dict(), INITIAL)
+        config = message.content["config"]
+        assert (config["partition-id"], config["server-round"]) == (number, 1)
+        assert config["class-names"] == ["a", "b", "c"]
+        plan = {k.removeprefix("plan."): v for k, v in config.items() if k.startswith("plan.")}
+        assert from_flat(TrainingPlan, plan) == strategy.config.plan
+        spec = {k.removeprefix("spec."): v for k, v in config.items() if k.startswith("spec.")}
+        assert from_flat(ModelSpec, spec) == SPEC
+
+
+def test_only_the_rounds_cohort_is_asked():
+    strategy, grid = federation(10, cohort_fraction=0.3)
+    run(strategy, grid, num_rounds=3)
+    asked = [number for _, number in grid.seen]
+    cohorts = [sample_cohort(range(10), 3, 0, server_round) for server_round in (1, 2, 3)]
+    assert asked == [number for cohort in cohorts for number in cohort]
+
+
+def test_a_resumed_run_goes_on_with_the_cohorts_of_its_own_rounds():
+    strategy, grid = federation(10, cohort_fraction=0.3)
+    strategy.completed_rounds = 2
+    run(strategy, grid)
+    assert [number for _, number in grid.seen] == sample_cohort(range(10), 3, 0, 3)
+    assert grid.seen[0][0].content["config"]["server-round"] == 3
+
+
+def test_the_order_in_which_replies_arrive_changes_no_bit():
+    class BackwardsGrid(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+
+    strategy, grid = federation(7)
+    expected = run(strategy, grid)
+    strategy, grid = federation(7)
+    grid.__class__ = BackwardsGrid
+    assert_same(run(strategy, grid), expected)
+
+
+# --- clients that misbehave
+
+
+def changed_metric(**changes):
+    def change(content):
+        values = dict(content["metrics"]) | {k.replace("_", "-"): v for k, v in changes.items()}
+        content["metrics"] = MetricRecord({k: v for k, v in values.items() if v is not None})
+        return content
+
+    return change
+
+
+def changed_tensor(name, change):
+    def apply(content):
+        state = content["arrays"].to_torch_state_dict()
+        content["arrays"] = ArrayRecord(
+            {k: change(v) if k == name else v for k, v in state.items()}
+        )
+        return content
+
+    return apply
+
+
+def without_tensor(content):
+    del content["arrays"]["weight"]
+    return content
+
+
+def more_tensors(content):
+    content["arrays"]["backdoor"] = Array(np.zeros(2))
+    return content
+
+
+def bytes_instead(data, stype="numpy.ndarray"):
+    def change(content):
+        content["arrays"]["weight"] = Array("float32", (3, 4), stype, data)
+        return content
+
+    return change
+
+
+def without_record(name):
+    def change(content):
+        del content[name]
+        return content
+
+    return change
+
+
+def pickled():
+    file = io.BytesIO()
+    np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def raising(content):
+    raise ValueError("the disk\nis on fire.")
+
+
+NAN, INF = float("nan"), float("inf")
+MISBEHAVIOUR = {
+    "raises": (raising, "ValueError: the disk is on fire"),
+    "sends no metrics": (without_record("metrics"), "'metrics'"),
+    "sends no arrays": (without_record("arrays"), "'arrays'"),
+    "sends nothing": (lambda content: RecordDict(), "'arrays'"),
+    "sends other records": (lambda content: RecordDict({"x": ConfigRecord()}), "'arrays'"),
+    "lacks a metric": (changed_metric(train_loss=None), "its metrics are"),
+    "adds a metric": (changed_metric(test_loss=1.0), "test-loss"),
+    "reports a NaN loss": (changed_metric(train_loss=NAN), "train-loss=nan"),
+    "reports a list": (changed_metric(train_loss=[1.0]), "train-loss=[1.0]"),
+    "has no samples": (changed_metric(num_examples=0), "num-examples=0"),
+    "has less than none": (changed_metric(num_examples=-50), "num-examples=-50"),
+    "claims the world": (changed_metric(num_examples=2**62), f"num-examples={2**62}"),
+    "has half a sample": (changed_metric(num_examples=0.5), "num-examples=0.5"),
+    "lacks a tensor": (without_tensor, "missing ['weight']"),
+    "adds a tensor": (more_tensors, "extra ['backdoor']"),
+    "broadcasts": (changed_tensor("weight", lambda t: t[:1]), "has shape (1, 4)"),
+    "flattens": (changed_tensor("weight", torch.flatten), "has shape (12,)"),
+    "doubles precision": (changed_tensor("weight", torch.Tensor.double), "is torch.float64"),
+    "counts in floats": (changed_tensor("batches", torch.Tensor.float), "is torch.float32"),
+    "sends NaN": (changed_tensor("weight", lambda t: t * NAN), "not finite"),
+    "sends infinity": (changed_tensor("scale", lambda t: t * INF), "not finite"),
+    "sends garbage": (bytes_instead(b"\x00\x01garbage"), "cannot be decoded"),
+    "sends a pickle": (bytes_instead(pickle.dumps([1, 2])), "cannot be decoded"),
+    "sends objects": (bytes_instead(pickled()), "cannot be decoded"),
+    "sends another format": (bytes_instead(b"", "torch.tensor"), "serialised as 'torch.tensor'"),
+}
+
+
+@pytest.mark.parametrize(("misbehave", "said"), MISBEHAVIOUR.values(), ids=MISBEHAVIOUR.keys())
+def test_one_bad_client_is_named_and_the_good_ones_are_averaged_alone(misbehave, said):
+    strategy, grid = federation(4, {2: misbehave})
+    state = run(strategy, grid)
+    assert_average_of(state, [0, 1, 3])
+    assert [refusal.client for refusal in strategy.trained.refused] == [2]
+    assert said in strategy.trained.refused[0].reason
+    assert "\n" not in strategy.trained.refused[0].reason
+    assert strategy.trained.num_examples == sum(map(num_examples, [0, 1, 3]))
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_it_does_not_matter_which_client_is_bad(bad):
+    strategy, grid = federation(4, {bad: without_tensor})
+    assert_average_of(run(strategy, grid), [k for k in range(4) if k != bad])
+    assert [refusal.client for refusal in strategy.trained.refused] == [bad]
+
+
+def test_every_kind_of_misbehaviour_at_once_leaves_the_one_good_client():
+    kinds = list(MISBEHAVIOUR.values())
+    misbehave = {k: how for k, (how, _) in enumerate(kinds)}
+    strategy, grid = federation(len(kinds) + 1, misbehave)
+    state = run(strategy, grid)
+    assert_same(state, local_model(len(kinds)))
+    assert [refusal.client for refusal in strategy.trained.refused] == list(range(len(kinds)))
+
+
+def test_the_rounds_after_a_bad_reply_are_as_they_would_be():
+    strategy, grid = federation(3, {0: raising})
+    assert_average_of(run(strategy, grid, num_rounds=3), [1, 2], server_round=3)
+
+
+def test_without_a_good_reply_the_model_is_kept():
+    strategy, grid = federation(3, dict.fromkeys(range(3), raising))
+    assert_same(run(strategy, grid, num_rounds=2), INITIAL)
+    assert [refusal.client for refusal in strategy.trained.refused] == [0, 1, 2]
+    assert strategy.trained.metrics == {}
+    assert (strategy.trained.num_examples, strategy.trained.update_norm) == (0, 0.0)
+
+
+def test_a_silent_client_and_an_error_in_its_name_are_refused():
+    """Flower's own error for a lost node comes from node 1 and knows its question alone."""
+
+    class LossyGrid(InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                train = reply.metadata.message_type == "train"
+                if train and reply.metadata.src_node_id == 2 + 0:
+                    continue
+                if train and reply.metadata.src_node_id == 2 + 3:
+                    question = reply.metadata.reply_to_message_id
+                    reply = Message(Error(5, "node unavailable."), reply_to=reply)
+                    reply.metadata.__dict__["_reply_to_message_id"] = question
+                    assert reply.metadata.src_node_id == 1
+                yield reply
+
+    strategy, grid = federation(5)
+    grid.__class__ = LossyGrid
+    assert_average_of(run(strategy, grid), [1, 2, 4])
+    assert strategy.trained.refused == [
+        Refusal(0, "no reply came in time"),
+        Refusal(3, "node unavailable"),
+    ]
+
+
+def test_integer_buffers_stay_integers_over_many_rounds():
+    strategy, grid = federation(5)
+    state = run(strategy, grid, num_rounds=3)
+    assert state["batches"].dtype == torch.int64
+    assert int(state["batches"]) == oracle(range(5))["batches"]
+
+
+def test_what_a_client_writes_is_shown_as_it_is_and_cannot_stop_the_run():
+    """Square brackets are mark-up to the console; a client may name a tensor or an error ``[/x]``."""
+    console = Console(file=io.StringIO(), width=200)
+    progress = TrainingProgress(console)
+    reason = "[/red] extra ['[/x]'] [bold]hot[/bold]"
+    trained = TrainedRound(cohort=[0], refused=[Refusal(0, reason)])
+    progress._total = 1
+    progress.round_finished(RoundRecord(1, trained, {}))
+    assert f"Round 1: client 0 is refused: {reason}." in console.file.getvalue()
