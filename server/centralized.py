@@ -35,19 +35,19 @@ def run_centralized(
     model = build_model(recorder.spec, info.mean, info.std, torch.Generator())
     model.load_state_dict(recorder.state)
     model.to(recorder.device)
-    for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
-        started = time.perf_counter()
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        result = local_train(model, data, config.plan, server_round, _POOL)
-        state = model.state_dict()
-        trained = TrainedRound(
-            cohort=[_POOL],
-            metrics={wire.TRAIN_LOSS: result.loss, wire.TRAIN_ACCURACY: result.accuracy},
-            num_examples=data.num_examples,
-            update_norm=state_distance(state, before),
-            seconds={"train": time.perf_counter() - started},
-        )
-        recorder.round_finished(server_round, state, trained)
-    recorder.finish()
+    with recorder:
+        for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
+            started = time.perf_counter()
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            result = local_train(model, data, config.plan, server_round, _POOL)
+            state = model.state_dict()
+            trained = TrainedRound(
+                cohort=[_POOL],
+                metrics={wire.TRAIN_LOSS: result.loss, wire.TRAIN_ACCURACY: result.accuracy},
+                num_examples=data.num_examples,
+                update_norm=state_distance(state, before),
+                seconds={"train": time.perf_counter() - started},
+            )
+            recorder.round_finished(server_round, state, trained)
     certify_run(config, recorder.run, console)
     return recorder.run

@@ -37,13 +37,13 @@ def run_federation(
                 )
             return None
 
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord(recorder.state),
-            num_rounds=remaining,
-            timeout=config.federation.reply_timeout_seconds,
-            evaluate_fn=record,
-        )
-    recorder.finish()
+        with recorder:
+            strategy.start(
+                grid=grid,
+                initial_arrays=ArrayRecord(recorder.state),
+                num_rounds=remaining,
+                timeout=config.federation.reply_timeout_seconds,
+                evaluate_fn=record,
+            )
     certify_run(config, recorder.run, console)
     return recorder.run

@@ -108,4 +108,5 @@ class TrainingProgress:
 
     def run_finished(self) -> None:
         if self._bars is not None:
+            self._bars.remove_task(self._clients)
             self._bars.stop()

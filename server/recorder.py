@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -109,8 +109,6 @@ class Recorder:
             self._resume()
         else:
             self._save(0, self.state)
-        for observer in observers:
-            observer.run_started(config, self.run, self.completed_rounds)
 
     def _resume(self) -> None:
         path = latest_checkpoint(self.run.checkpoints)
@@ -153,8 +151,13 @@ class Recorder:
         for observer in self._observers:
             observer.round_finished(record)
 
-    def finish(self) -> None:
-        """Tell the observers that no more rounds will come."""
+    def __enter__(self) -> Self:
+        """Begin the rounds: observers hear of it, and of their end however it comes."""
+        for observer in self._observers:
+            observer.run_started(self.config, self.run, self.completed_rounds)
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for observer in self._observers:
             observer.run_finished()
 

@@ -103,7 +103,7 @@ def test_a_mistake_anywhere_in_a_sweep_is_found_before_the_first_run(
 
 def test_centralized_trains_on_the_pool(tmp_path, tiny_overrides, capsys):
     run = tmp_path / "run"
-    main(["centralized", *tiny_overrides, f"run_dir={run}"])
+    main(["centralized", *tiny_overrides, "training.local_steps=40", f"run_dir={run}"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
     assert {line["num_examples"] for line in lines} == {1438}
@@ -219,7 +219,8 @@ def test_report_shows_several_runs_side_by_side(simulated, tmp_path, capsys):
 
 
 def test_partition_says_and_draws_who_holds_what(tmp_path, capsys):
-    main(["partition", "partition.num_clients=3", "partition.gamma=0.5", "-o", str(tmp_path)])
+    settings = ["num_clients=3", "samples_per_client=100", "gamma=0.5"]
+    main(["partition", "-o", str(tmp_path), *(f"partition.{setting}" for setting in settings)])
     printed = capsys.readouterr().out
     assert "3 clients" in printed
     assert is_picture(tmp_path / "partition.png")
