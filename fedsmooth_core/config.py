@@ -264,7 +264,8 @@ class FederationConfig(Section):
     reply_timeout_seconds: float = setting(3600.0, above(0))
     """A client that has not answered by then is left out of the round."""
     connect_timeout_seconds: float = setting(300.0, above(0))
-    """How long the server waits for all of ``partition.num_clients`` to connect."""
+    """How long the server waits for all of ``partition.num_clients`` before the first round, and for
+    any one of them before a later round."""
 
 
 @dataclass(frozen=True)

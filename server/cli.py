@@ -23,6 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedSmoothError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        # A full disk, a folder without permission, a file where a folder must be.
+        reason = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(reason)}", soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted: run_dir=... resume=true continues a run.")
         sys.exit(130)

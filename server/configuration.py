@@ -45,14 +45,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: for anything that is not a valid configuration.
     """
-    parsed = _parse(overrides)
-    for override in parsed:
-        _check_key(override)
-        if override.is_sweep_override():
-            raise ConfigError(
-                f"{override.input_line} gives several values: add -m to sweep over them, or quote a "
-                "list as key=[a,b]."
-            )
+    parsed = _parse_settings(overrides)
     given = {override.key_or_group: override.value() for override in parsed}
     if not given.get("resume") or not given.get("run_dir"):
         return _compose(overrides)
@@ -60,9 +53,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     if set(given) & _groups():
         config = _compose(overrides)
     else:
-        with _one_sentence():
-            values = OmegaConf.merge(to_nested(recorded), OmegaConf.from_dotlist(list(overrides)))
-            config = from_nested(RunConfig, _plain(values))
+        config = _updated(to_nested(recorded), parsed)
     _refuse_differences(config, recorded)
     return config
 
@@ -101,16 +92,22 @@ def to_yaml(config: RunConfig) -> str:
 
 def with_overrides(recorded: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Apply plain ``key=value`` overrides to the settings that a checkpoint carries."""
-    for override in _parse(overrides):
-        _check_key(override)
+    parsed = _parse_settings(overrides)
+    for override in parsed:
         if override.key_or_group in _groups():
             raise ConfigError(
                 f"{override.input_line} selects a group, but the settings come from the checkpoint: "
                 "give single settings such as certification.n=10000."
             )
+    return _updated(recorded, parsed)
+
+
+def _updated(recorded: Mapping[str, Any], overrides: Sequence[Override]) -> RunConfig:
     with _one_sentence():
-        merged = OmegaConf.merge(dict(recorded), OmegaConf.from_dotlist(list(overrides)))
-        return from_nested(RunConfig, _plain(merged))
+        settings = OmegaConf.create(dict(recorded))
+        for override in overrides:
+            OmegaConf.update(settings, override.key_or_group, override.value())
+        return from_nested(RunConfig, _plain(settings))
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
@@ -134,6 +131,19 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for line in overrides:
         with _one_sentence():
             parsed += OverridesParser.create().parse_overrides([line])
+    return parsed
+
+
+def _parse_settings(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides that set one known key to one value each."""
+    parsed = _parse(overrides)
+    for override in parsed:
+        _check_key(override)
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} gives several values: add -m to sweep over them, or quote a "
+                "list as key=[a,b]."
+            )
     return parsed
 
 

@@ -1,7 +1,7 @@
 """Who is connected: a stable client number for every Flower node."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -18,7 +18,8 @@ class Roster:
     """Maps client numbers to Flower node ids, by asking each new node once.
 
     A node that has a ``partition-id`` is the client of that number; a node without one (a real device
-    with its own data) gets the smallest free number, in order of node ids, and keeps it while known.
+    with its own data) gets the smallest free number, in order of node ids, and keeps it while known. A
+    node that comes back under another id takes its partition again once the old one is gone.
     """
 
     def __init__(self, num_clients: int) -> None:
@@ -26,22 +27,22 @@ class Roster:
         self._client_of: dict[int, int] = {}
         self._refused: set[int] = set()
 
-    def wait(self, grid: Grid, timeout: float) -> dict[int, int]:
-        """Return {client: node id} once all ``num_clients`` are connected.
+    def wait(self, grid: Grid, num_wanted: int, timeout: float) -> dict[int, int]:
+        """Return {client: node id} of all that are connected, once they are ``num_wanted``.
 
         Raises:
             ConfigError: when they are not within ``timeout`` seconds, or a node belongs to a
                 federation of another size.
         """
         end = time.monotonic() + timeout
-        while len(nodes := self.refresh(grid)) < self.num_clients:
+        while len(nodes := self.refresh(grid)) < num_wanted:
             if time.monotonic() > end:
                 raise ConfigError(
-                    f"Only {len(nodes)} of {self.num_clients} clients connected within {timeout:g} "
+                    f"Only {len(nodes)} of {num_wanted} clients connected within {timeout:g} "
                     "seconds: start the missing ones, or set partition.num_clients or "
                     "federation.connect_timeout_seconds."
                 )
-            log(INFO, "Waiting for clients: %d of %d connected.", len(nodes), self.num_clients)
+            log(INFO, "Waiting for clients: %d of %d connected.", len(nodes), num_wanted)
             time.sleep(_POLL_SECONDS)
         return nodes
 
@@ -51,10 +52,10 @@ class Roster:
         known = self._client_of.keys() | self._refused
         unknown = [node for node in connected if node not in known]
         if unknown:
-            self._introduce(unknown, grid)
+            self._introduce(unknown, connected, grid)
         return {self._client_of[node]: node for node in connected if node in self._client_of}
 
-    def _introduce(self, nodes: Iterable[int], grid: Grid) -> None:
+    def _introduce(self, nodes: Iterable[int], connected: Collection[int], grid: Grid) -> None:
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         without_number = []
         for reply in grid.send_and_receive(questions, timeout=60):
@@ -75,9 +76,12 @@ class Roster:
                 )
             elif not isinstance(partition, int) or not 0 <= partition < self.num_clients:
                 self._refuse(node, f"its {wire.PARTITION_ID}={partition!r} is no partition")
-            elif partition in self._client_of.values():
+            elif any(self._client_of.get(other) == partition for other in connected):
                 self._refuse(node, f"{wire.PARTITION_ID}={partition!r} is another node's already")
             else:
+                gone = [other for other, client in self._client_of.items() if client == partition]
+                for other in gone:
+                    del self._client_of[other]
                 self._client_of[node] = partition
         taken = set(self._client_of.values())
         free = (number for number in range(self.num_clients) if number not in taken)

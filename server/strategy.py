@@ -71,7 +71,14 @@ class SmoothAdvFedAvg(FedAvg):
         """Sample S_t and send each of its clients the model, the plan and its number."""
         self._started = time.perf_counter()
         current = server_round + self.completed_rounds
-        nodes = self._roster.wait(grid, self.config.federation.connect_timeout_seconds)
+        # All of them at first, so that cohorts are drawn from the same clients in every runtime;
+        # later a round goes on with those that are left.
+        num_wanted = 1 if self.trained.cohort else self.config.partition.num_clients
+        timeout = self.config.federation.connect_timeout_seconds
+        nodes = self._roster.wait(grid, num_wanted, timeout)
+        if len(nodes) < self.config.partition.num_clients:
+            missing = sorted(set(range(self.config.partition.num_clients)) - nodes.keys())
+            log(WARNING, "Not connected and hence not sampled: clients %s.", missing)
         cohort = sample_cohort(nodes, self.config.cohort_size, self.config.seed, current)
         self.trained = TrainedRound(cohort)
         self._global = arrays.to_torch_state_dict()

@@ -12,8 +12,7 @@ class TensorBoard:
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
         # A resumed run does rounds again that an earlier process drew already: those are purged.
-        purge = completed_rounds + 1 if completed_rounds else None
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=completed_rounds + 1)
 
     def round_finished(self, record: RoundRecord) -> None:
         trained = record.trained

@@ -5,6 +5,7 @@ them inherit this test's environment, where FLWR_HOME is a folder of this test a
 are found again in /proc, and they are stopped by their process ids, also when the test fails.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -76,10 +77,8 @@ def stop_processes_of(home):
         end = time.monotonic() + patience
         while (left := processes_of(home)) and time.monotonic() < end:
             for process in left:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(process, kind)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.2)
     return processes_of(home)
 

@@ -103,7 +103,15 @@ def test_a_mistake_anywhere_in_a_sweep_is_found_before_the_first_run(
 
 def test_centralized_trains_on_the_pool(tmp_path, tiny_overrides, capsys):
     run = tmp_path / "run"
-    main(["centralized", *tiny_overrides, "training.local_steps=40", f"run_dir={run}"])
+    main(
+        [
+            "centralized",
+            *tiny_overrides,
+            "training.local_steps=40",
+            "training.learning_rate=0.02",
+            f"run_dir={run}",
+        ]
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
     assert {line["num_examples"] for line in lines} == {1438}

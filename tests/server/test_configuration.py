@@ -34,10 +34,22 @@ def flat(config):
     }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_data_folder():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEDSMOOTH_DATA", raising=False)
+        yield
+
+
 @functools.cache
+def composed(*overrides):
+    """Compose once: Hydra takes a tenth of a second."""
+    return compose(list(overrides))
+
+
 def changes(*overrides):
     """What overrides change in the default configuration."""
-    default, changed = flat(compose([])), flat(compose(list(overrides)))
+    default, changed = flat(composed()), flat(composed(*overrides))
     return {key: value for key, value in changed.items() if value != default[key]}
 
 
@@ -64,28 +76,23 @@ def test_an_option_holds_exactly_the_settings_of_its_section(group, path):
 
 
 @pytest.mark.parametrize(("group", "path"), OPTIONS, ids=lambda x: getattr(x, "stem", x))
-def test_every_option_composes(group, path, monkeypatch):
-    monkeypatch.delenv("FEDSMOOTH_DATA", raising=False)
+def test_every_option_composes(group, path):
     needed = ["dataset.root=somewhere"] if path.stem == "imagefolder" else []
-    config = compose([f"{group}={path.stem}", *needed])
     assert all(key.startswith(f"{group}.") for key in changes(f"{group}={path.stem}", *needed))
-    assert isinstance(config, RunConfig)
 
 
-def test_without_overrides_the_files_say_what_the_dataclasses_say(monkeypatch):
+def test_without_overrides_the_files_say_what_the_dataclasses_say():
     """But for one listed difference: the default run certifies with fewer draws than the field."""
-    monkeypatch.delenv("FEDSMOOTH_DATA", raising=False)
-    composed, defaults = flat(compose([])), flat(RunConfig())
-    different = {key: value for key, value in composed.items() if value != defaults[key]}
+    defaults = flat(RunConfig())
+    different = {k: value for k, value in flat(composed()).items() if value != defaults[k]}
     assert different == {"certification.n": 10_000}
     assert defaults["certification.n"] == 100_000
 
 
 @pytest.mark.parametrize("path", files("experiment"), ids=lambda path: path.stem)
-def test_every_experiment_composes_and_carries_its_own_name(path, monkeypatch):
-    monkeypatch.delenv("FEDSMOOTH_DATA", raising=False)
+def test_every_experiment_composes_and_carries_its_own_name(path):
     needed = ["dataset.root=somewhere"] if "imagefolder" in path.read_text() else []
-    config = compose([f"experiment={path.stem}", *needed])
+    config = composed(f"experiment={path.stem}", *needed)
     if path.stem != "paper_base":
         assert config.name.replace("-", "_") == path.stem
 
@@ -107,7 +114,7 @@ FIGURES = {
 
 @pytest.mark.parametrize(("figure", "setting"), FIGURES.items())
 def test_a_figure_has_the_papers_settings(figure, setting):
-    config = compose([f"experiment=fig{figure}"])
+    config = composed(f"experiment=fig{figure}")
     assert (config.smoothing.sigma, config.attack.epsilon_255) == setting
     assert config.attack.l2_budget == setting[1] / 255
     assert config.certified_sigma == setting[0]
@@ -141,7 +148,7 @@ def test_the_centralised_baseline_has_the_papers_batches():
 def test_the_ablations_are_configuration_alone_and_are_certified_alike(
     figure, overrides, sigma, steps
 ):
-    config = compose([f"experiment=fig{figure}", *overrides])
+    config = composed(f"experiment=fig{figure}", *overrides)
     level = FIGURES[figure][0]
     assert config.smoothing.sigma == (level if sigma is None else sigma)
     assert config.attack.attack_steps == steps
@@ -258,7 +265,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 @pytest.fixture
 def recorded(tmp_path):
-    config = compose(["experiment=fig5", "seed=7", "training.local_steps=3"])
+    config = composed("experiment=fig5", "seed=7", "training.local_steps=3")
     save(config, tmp_path / "config.yaml")
     return config
 

@@ -33,7 +33,7 @@ def write_rows(path, rows=ROWS):
 
 
 def make_run(path, settings, rows=ROWS):
-    write_rows(path / "certification" / "rows.tsv", rows)
+    write_rows(path / "certification" / "round-0003" / "rows.tsv", rows)
     configuration.save(from_nested(RunConfig, settings), path / "config.yaml")
     return path
 
@@ -90,7 +90,7 @@ def test_the_table_holds_every_figure_even_on_a_narrow_terminal(tmp_path):
     assert row[0] == "rows"
     assert row[1:8] == ["50.0"] * 7  # 0.3 is certified at 0.3
     assert row[8] == "25.0"
-    assert row[-3:] == ["0.225", "25.0", "4"]
+    assert row[-3:] == ["0.2250", "25.0", "4"]
 
 
 def test_radii_are_multiples_up_to_the_first_beyond_all_certificates(tmp_path):
