@@ -50,10 +50,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     if not given.get("resume") or not given.get("run_dir"):
         return _compose(overrides)
     recorded = load(Path(str(given["run_dir"])))
-    if set(given) & _groups():
-        config = _compose(overrides)
-    else:
-        config = _updated(to_nested(recorded), parsed)
+    has_groups = bool(set(given) & _groups())
+    config = _compose(overrides) if has_groups else _updated(to_nested(recorded), parsed)
     _refuse_differences(config, recorded)
     return config
 
