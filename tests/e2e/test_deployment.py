@@ -1,0 +1,142 @@
+"""A deployment of real processes: a SuperLink, two simulated clients and one device with its own images."""
+
+import json
+import subprocess
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from flower_processes import (
+    BIN,
+    assert_same_training,
+    flower_environment,
+    flwr_run,
+    free_port,
+    needs_proc,
+    rounds,
+    simulate_in_process,
+    stop_processes_of,
+)
+from PIL import Image
+
+ROUNDS = 2
+OVERRIDES = [
+    "seed=5",
+    "runtime.device=cpu",
+    "runtime.threads=1",
+    "partition.num_clients=3",
+    "partition.samples_per_client=100",
+    "federation.cohort_fraction=1.0",
+    f"federation.num_rounds={ROUNDS}",
+    "federation.connect_timeout_seconds=120",
+    "training.local_steps=5",
+    "training.learning_rate=0.1",
+    "certification.n=200",
+    "certification.num_images=5",
+]
+
+pytestmark = [pytest.mark.slow, needs_proc, pytest.mark.timeout(500)]
+
+
+class Deployment:
+    """A SuperLink on a loopback port, and SuperNodes that join it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.port = free_port()
+        self.environment = flower_environment(
+            folder, f'address = "127.0.0.1:{self.port}"\ninsecure = true'
+        )
+        self._start(
+            "superlink",
+            "flower-superlink",
+            f"--host=127.0.0.1 --port={self.port} --disable-runtime-dependency-installation".split(),
+        )
+        self._wait()
+
+    def join(self, name, node_config):
+        address = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
+        own_port = ["--port", str(free_port())]
+        self._start(name, "flower-supernode", [*address, *own_port, "--node-config", node_config])
+
+    def _start(self, name, command, arguments):
+        home = self.folder / name
+        home.mkdir()
+        with (self.folder / f"{name}.log").open("w") as log:
+            subprocess.Popen(
+                [str(BIN / command), "--insecure", *arguments],
+                env=self.environment | {"FLWR_HOME": str(home)},
+                cwd=home,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _wait(self):
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except OSError:
+                assert time.monotonic() < end, (self.folder / "superlink.log").read_text()
+                time.sleep(0.3)
+
+
+@pytest.fixture
+def deployment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployment")
+    try:
+        yield Deployment(folder)
+    finally:
+        left = stop_processes_of(folder)
+    assert left == []
+
+
+def finish(deployment, overrides, run_dir, log):
+    flwr_run(deployment.environment, [*overrides, f"run_dir={run_dir}"], log)
+    rows = list(run_dir.glob("certification/round-*/rows.tsv"))
+    logs = [path.read_text()[-1500:] for path in deployment.folder.glob("*.log")]
+    assert len(rows) == 1, "\n".join([log.read_text()[-3000:], *logs])
+
+
+def test_processes_and_the_simulation_train_the_same_model(deployment, tmp_path):
+    for partition in range(3):
+        deployment.join(f"node{partition}", f"partition-id={partition} num-partitions=3")
+    finish(deployment, OVERRIDES, tmp_path / "deployed", tmp_path / "flwr.log")
+
+    simulate_in_process(OVERRIDES, tmp_path / "simulated")
+    assert_same_training(tmp_path / "deployed", tmp_path / "simulated", ROUNDS)
+
+
+def write_images(root, classes, size=8):
+    """Two classes that can be told apart: dark and bright, with noise of their own."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for level, name in zip((60, 180), classes, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(level - 40, level + 40, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_devices_train_on_their_own_images_and_a_stranger_is_refused(deployment, tmp_path):
+    for device in range(2):
+        write_images(tmp_path / f"device{device}", ("dark", "bright"))
+        deployment.join(f"device{device}", f'data-path="{tmp_path / f"device{device}"}"')
+    write_images(tmp_path / "stranger", ("cat", "dog"))
+    deployment.join("stranger", f'data-path="{tmp_path / "stranger"}"')
+    own = ["dataset=imagefolder", f"dataset.root={tmp_path / 'device0'}"]
+    run_dir = tmp_path / "run"
+    finish(deployment, [*OVERRIDES, *own], run_dir, tmp_path / "flwr.log")
+
+    assert len(rounds(run_dir)) == ROUNDS
+    for record in rounds(run_dir):
+        assert record["num_examples"] == 2 * 80
+        (refused,) = record["refused"]
+        assert "has the classes cat, dog" in refused["reason"]
+        assert refused["client"] in record["cohort"]
+    assert rounds(run_dir)[-1]["clean-accuracy"] > 0.9
+    summary = json.loads((run_dir / f"certification/round-{ROUNDS:04d}/summary.json").read_text())
+    assert summary["num_images"] == 5
