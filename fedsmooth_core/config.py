@@ -10,6 +10,7 @@ Units: images are in [0, 1], so ``sigma``, ``epsilon`` and radii are l2 lengths 
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,12 @@ def strictly_between(low: float, high: float) -> Allowed:
 
 def one_of(*options: str) -> Allowed:
     return Allowed("one of " + ", ".join(options), lambda value: value in options)
+
+
+FILE_NAME = Allowed(
+    "a name of letters, digits, dots, dashes and underscores",
+    lambda value: re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value) is not None,
+)
 
 
 def setting(default: T, allowed: Allowed) -> T:
@@ -132,7 +139,7 @@ class PartitionConfig(Section):
     SECTION = "partition"
     scheme: str = setting("major_class", one_of("major_class", "iid", "dirichlet"))
     """How training samples are dealt to clients."""
-    num_clients: int = setting(10, at_least(1))
+    num_clients: int = setting(10, within(1, 1_000_000))
     """Clients of the federation."""
     samples_per_client: int | None = setting(None, at_least(1))
     """Distinct samples a client holds; null divides the training set's size by ``num_clients``."""
@@ -259,8 +266,9 @@ class FederationConfig(Section):
     """Share of the clients sampled in a round (at least one client)."""
     checkpoint_every: int = setting(5, at_least(1))
     """Rounds between two checkpoints; the last round always has one."""
-    max_num_examples: int = setting(1_000_000, at_least(1))
-    """A reply that claims more training samples than this is refused."""
+    max_num_examples: int | None = setting(None, at_least(1))
+    """A reply that claims more training samples than this is refused, for one client could outweigh all
+    others; null takes the size of the server's own training set."""
     reply_timeout_seconds: float = setting(3600.0, above(0))
     """A client that has not answered by then is left out of the round."""
     connect_timeout_seconds: float = setting(300.0, above(0))
@@ -348,7 +356,7 @@ class TrainingPlan(Section):
 class RunConfig(TrainingPlan):
     """Everything about a run: the training plan, and what the server alone needs."""
 
-    name: str = "run"
+    name: str = setting("run", FILE_NAME)
     """Part of the name of a new run directory. No result depends on it."""
     run_dir: str | None = None
     """Folder of everything the run leaves behind; null makes a new one under ``runs/``."""

@@ -1,7 +1,9 @@
 """Files that are whole or not there, whatever kills the process or the machine."""
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,6 +34,18 @@ def append_durably(path: Path, line: str) -> None:
         os.fsync(file.fileno())
     if is_new:
         sync_folder(path.parent)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Hold a file for this process alone until it is closed; False if another process holds it.
+
+    The system lets go of it when the process ends, however it ends.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

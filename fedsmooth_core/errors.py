@@ -13,6 +13,10 @@ class DataError(FedSmoothError):
     """A data set, partition or image file cannot be used."""
 
 
+class TrainingError(FedSmoothError):
+    """A run cannot go on, or leaves no model worth certifying."""
+
+
 class CheckpointError(FedSmoothError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

@@ -1,5 +1,6 @@
 """The paper's baseline: SmoothAdv on the pooled training set, with the clients' own training step."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from fedsmooth_core import wire
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.data import ClientData
+from fedsmooth_core.errors import TrainingError
 from fedsmooth_core.models import build_model
 from fedsmooth_core.training import local_train
 from server.finish import certify_run
@@ -30,7 +32,16 @@ def run_centralized(
         FedSmoothError: one sentence about what is wrong with the configuration, data or run.
     """
     recorder = Recorder(config, "centralized", observers)
-    info = recorder.train_set.info
+    try:
+        _train(recorder)
+        certify_run(config, recorder.run, console)
+    finally:
+        recorder.run.close()
+    return recorder.run
+
+
+def _train(recorder: Recorder) -> None:
+    config, info = recorder.config, recorder.train_set.info
     data = ClientData.from_dataset(recorder.train_set, None, recorder.device)
     model = build_model(recorder.spec, info.mean, info.std, torch.Generator())
     model.load_state_dict(recorder.state)
@@ -40,6 +51,11 @@ def run_centralized(
             started = time.perf_counter()
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             result = local_train(model, data, config.plan, server_round, _POOL)
+            if not math.isfinite(result.loss):
+                raise TrainingError(
+                    f"Training diverged in round {server_round}: lower training.learning_rate="
+                    f"{config.training.learning_rate} and start a new run."
+                )
             state = model.state_dict()
             trained = TrainedRound(
                 cohort=[_POOL],
@@ -49,5 +65,3 @@ def run_centralized(
                 seconds={"train": time.perf_counter() - started},
             )
             recorder.round_finished(server_round, state, trained)
-    certify_run(config, recorder.run, console)
-    return recorder.run

@@ -36,6 +36,10 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: when there is none.
     """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist: give a .safetensors file or a run directory."
+        )
     if not path.is_dir():
         return path
     latest = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
@@ -67,11 +71,12 @@ def certify_checkpoint(
         torch.set_num_threads(config.runtime.threads)
     checkpoint = load_checkpoint(path)
     test_set = load_dataset(config.dataset, "test")
+    loaded = load_model(checkpoint)
     _check_fit(checkpoint, test_set, path)
     device = choose_device(config.runtime.device)
     # Rows say float32, so CUDA may not round convolutions to TF32 as it would by default.
     torch.backends.cudnn.allow_tf32 = False
-    model = load_model(checkpoint).to(device)
+    model = loaded.to(device)
     settings = config.certification
     indices = subset_indices(len(test_set), settings.num_images)
     parameters: dict[str, str | int | float] = {
@@ -137,6 +142,6 @@ def _check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> No
     if wanted != found:
         raise CertificationError(
             f"{path} classifies images of (channels, height, width) {wanted[:3]} into {wanted[3]} "
-            f"classes, but {test_set.info.name} has {found[:3]} and {found[3]}: set dataset.name to "
-            "what the model was trained on."
+            f"classes, but {test_set.info.name} has {found[:3]} and {found[3]}: certify it on "
+            "what it was trained for."
         )

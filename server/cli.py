@@ -1,6 +1,7 @@
 """``fedsmooth``: the command line. Each command composes the configuration and calls one function."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ _OVERRIDES = "settings as Hydra overrides, e.g. experiment=quick smoothing.sigma
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; an error the user can mend is one sentence and exit status 2."""
     options = parse(arguments)
+    # Before PyTorch is loaded: on a busy machine, OpenMP threads that spin while they wait for each other
+    # make the small layers of small models several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console()
     try:
         options.run(options, console)
@@ -120,22 +124,22 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
     def run(config: RunConfig) -> Path:
         return run_centralized(config, console, [TrainingProgress(console), TensorBoard()]).path
 
-    # A resumed run has its own settings.
-    if "resume=true" not in map(str.lower, options.overrides):
-        options.overrides.insert(0, "training=centralized")
-    _run_all(options, console, run)
+    _run_all(options, console, run, defaults=["training=centralized"])
 
 
 def _run_all(
-    options: argparse.Namespace, console: Console, run: Callable[[RunConfig], Path]
+    options: argparse.Namespace,
+    console: Console,
+    run: Callable[[RunConfig], Path],
+    defaults: Sequence[str] = (),
 ) -> None:
     from server.configuration import compose
     from server.multirun import run_sweep
 
     if options.multirun:
-        run_sweep(options.overrides, console, run)
+        run_sweep(options.overrides, defaults, console, run)
     else:
-        run(compose(options.overrides))
+        run(compose(options.overrides, defaults))
 
 
 def _certify(options: argparse.Namespace, console: Console) -> None:
@@ -145,7 +149,8 @@ def _certify(options: argparse.Namespace, console: Console) -> None:
     from server.report import show
 
     path = find_checkpoint(options.checkpoint)
-    config = with_overrides(load_checkpoint(path).metadata.get("config", {}), options.overrides)
+    recorded = load_checkpoint(path).metadata.get("config")
+    config = with_overrides(recorded, options.overrides, str(path.with_suffix(".json")))
     folder = options.output or _certification_folder(path)
     rows = certify_checkpoint(path, config, folder, console)
     show([rows], folder / "curve", config.certification.radius_step, console)

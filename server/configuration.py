@@ -4,7 +4,7 @@ Whatever Hydra or the core refuses comes out as a :class:`ConfigError` of one se
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import fedsmooth_core
 from fedsmooth_core.config import RunConfig, from_nested, to_nested, unknown_key
@@ -35,12 +36,16 @@ _FREE_ON_RESUME = (
     "dataset.root",
 )
 
+# What may be set when a checkpoint is certified.
+_OF_CERTIFICATION = ("certification.", "runtime.", "dataset.", "seed")
 
-def compose(overrides: Sequence[str]) -> RunConfig:
+
+def compose(overrides: Sequence[str], defaults: Sequence[str] = ()) -> RunConfig:
     """Compose ``conf/`` with Hydra overrides (``key=value``, ``group=option``) and validate it.
 
     With ``resume=true`` and no group among the overrides, the interrupted run's own settings are the
-    base instead, so that ``run_dir=... resume=true`` is enough.
+    base instead, so that ``run_dir=... resume=true`` is enough. ``defaults`` are overrides of less
+    weight, for new runs alone.
 
     Raises:
         ConfigError: for anything that is not a valid configuration.
@@ -48,10 +53,10 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     parsed = _parse_settings(overrides)
     given = {override.key_or_group: override.value() for override in parsed}
     if not given.get("resume") or not given.get("run_dir"):
-        return _compose(overrides)
+        return _compose([*defaults, *overrides])
     recorded = load(Path(str(given["run_dir"])))
     has_groups = bool(set(given) & _groups())
-    config = _compose(overrides) if has_groups else _updated(to_nested(recorded), parsed)
+    config = _compose([*defaults, *overrides]) if has_groups else _updated(recorded, parsed)
     _refuse_differences(config, recorded)
     return config
 
@@ -63,7 +68,8 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
         _check_key(override)
         key = override.get_key_element()
         if override.is_sweep_override():
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            with _one_sentence():
+                choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
             choices.append([f"{key}={override.get_value_element_as_str()}"])
     return [list(combination) for combination in itertools.product(*choices)]
@@ -74,8 +80,29 @@ def load(run_dir: Path) -> RunConfig:
     path = run_dir.expanduser() / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir} holds no run: there is no config.yaml in it.")
-    with _one_sentence():
-        return from_nested(RunConfig, _plain(OmegaConf.load(path)))
+    try:
+        with _one_sentence():
+            # Not resolved: what a file says may not reach for this machine's environment.
+            values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is damaged: restore it from a copy, or start a new run."
+        ) from error
+    return _recorded(values, str(path))
+
+
+def _recorded(values: Any, where: str) -> RunConfig:
+    """Validate recorded settings; one that is missing must not turn into its default."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} holds no settings: restore it from a copy, or start a new run.")
+    for key in _setting_keys():
+        section, _, name = key.rpartition(".")
+        part = values.get(section) if section else values
+        if not isinstance(part, dict) or name not in part:
+            raise ConfigError(
+                f"{where} lacks the setting {key}: it is damaged, or of another version of this program."
+            )
+    return from_nested(RunConfig, values)
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -88,24 +115,28 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_nested(config)))
 
 
-def with_overrides(recorded: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """Apply plain ``key=value`` overrides to the settings that a checkpoint carries."""
+def with_overrides(recorded: Any, overrides: Sequence[str], where: str) -> RunConfig:
+    """Apply ``key=value`` overrides that concern certification to a checkpoint's own settings.
+
+    Raises:
+        ConfigError: for a setting that cannot matter any more, or recorded ones that are damaged.
+    """
     parsed = _parse_settings(overrides)
     for override in parsed:
-        if override.key_or_group in _groups():
+        if not override.key_or_group.startswith(_OF_CERTIFICATION):
             raise ConfigError(
-                f"{override.input_line} selects a group, but the settings come from the checkpoint: "
-                "give single settings such as certification.n=10000."
+                f"{override.input_line} does not concern the certification of a checkpoint: allowed are "
+                f"{', '.join(_OF_CERTIFICATION)}."
             )
-    return _updated(recorded, parsed)
+    return _updated(_recorded(recorded, where), parsed)
 
 
-def _updated(recorded: Mapping[str, Any], overrides: Sequence[Override]) -> RunConfig:
-    with _one_sentence():
-        settings = OmegaConf.create(dict(recorded))
-        for override in overrides:
-            OmegaConf.update(settings, override.key_or_group, override.value())
-        return from_nested(RunConfig, _plain(settings))
+def _updated(recorded: RunConfig, overrides: Sequence[Override]) -> RunConfig:
+    settings = to_nested(recorded)
+    for override in overrides:
+        section, _, name = override.key_or_group.rpartition(".")
+        (settings[section] if section else settings)[name] = override.value()
+    return from_nested(RunConfig, settings)
 
 
 def _compose(overrides: Sequence[str]) -> RunConfig:
@@ -127,6 +158,8 @@ def _plain(values: Any) -> dict[str, Any]:
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for line in overrides:
+        if "=" not in line:
+            raise ConfigError(f"{line!r} is not a setting: allowed is key=value.")
         with _one_sentence():
             parsed += OverridesParser.create().parse_overrides([line])
     return parsed
@@ -213,4 +246,5 @@ class _one_sentence:  # noqa: N801 - reads as the statement it is
             raise ConfigError(f"{key} must be given: add {key}=... to the command.") from None
         if isinstance(error, HydraException | OmegaConfBaseException):
             text = " ".join((str(error) or str(error.__cause__)).split())
+            text = text.partition(" See https:")[0]
             raise ConfigError(f"The configuration was refused: {text.rstrip('.')}.") from None

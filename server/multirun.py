@@ -7,17 +7,24 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
+from fedsmooth_core.errors import ConfigError
 from server.configuration import compose, sweep
 from server.report import show
 
 
-def run_sweep(overrides: Sequence[str], console: Console, run: Callable[[RunConfig], Path]) -> None:
+def run_sweep(
+    overrides: Sequence[str],
+    defaults: Sequence[str],
+    console: Console,
+    run: Callable[[RunConfig], Path],
+) -> None:
     """Run every combination into a numbered folder of ``run_dir`` and report them side by side.
 
     With ``resume=true`` the combinations that were started are continued and the others started.
 
     Args:
         overrides: as on the command line; ``a=1,2 b=3,4`` makes four runs.
+        defaults: overrides of less weight, for runs that are not continued.
         console: says which run comes next.
         run: does one run and returns its directory.
 
@@ -26,16 +33,18 @@ def run_sweep(overrides: Sequence[str], console: Console, run: Callable[[RunConf
     """
     given = dict(override.partition("=")[::2] for override in overrides)
     root = Path(given.pop("run_dir", "") or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
-    resume = given.pop("resume", "false").lower() == "true"
+    resume = given.pop("resume", "false").lower()
+    if resume not in ("true", "false"):
+        raise ConfigError(f"resume={resume!r} has the wrong type: allowed is true or false.")
     combinations = sweep([f"{key}={value}" for key, value in given.items()])
     configs = []
     for number, combination in enumerate(combinations):
         folder = root / str(number)
         place = [f"run_dir='{folder}'"]
-        if resume and (folder / "config.yaml").is_file():
+        if resume == "true" and (folder / "config.yaml").is_file():
             place.append("resume=true")
         # All of them are composed before the first one runs: a typo must not show after an hour.
-        configs.append(compose([*combination, *place]))
+        configs.append(compose([*combination, *place], defaults))
     paths = []
     for number, (config, combination) in enumerate(zip(configs, combinations, strict=True)):
         console.rule(f"{number + 1} of {len(configs)}: {' '.join(combination)}")

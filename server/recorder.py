@@ -4,16 +4,22 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from fedsmooth_core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fedsmooth_core.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fedsmooth_core.config import RunConfig, to_nested
 from fedsmooth_core.data import ArrayDataset, load_dataset
 from fedsmooth_core.device import choose_device
-from fedsmooth_core.errors import ConfigError, DataError
+from fedsmooth_core.errors import CheckpointError, ConfigError, DataError
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.seeding import Purpose, torch_generator
 from server.evaluation import Evaluator
@@ -105,32 +111,36 @@ class Recorder:
         self.run = RunDirectory.open(config, kind)
         self._observers = observers
         self.completed_rounds, self.state = 0, dict(model.state_dict())
-        if config.resume:
-            self._resume()
-        else:
-            self._save(0, self.state)
+        try:
+            if config.resume:
+                self._resume()
+            self.run.record(config, kind)
+            self.run.forget_rounds_after(self.completed_rounds)
+            if not self.completed_rounds:
+                self._save(0, self.state)
+        except BaseException:
+            self.run.close()
+            raise
 
     def _resume(self) -> None:
         path = latest_checkpoint(self.run.checkpoints)
         if path is None:  # interrupted before its first checkpoint: the seed makes the same model
-            self.run.forget_rounds_after(0)
-            self._save(0, self.state)
             return
         checkpoint = load_checkpoint(path)
-        completed, wanted = int(checkpoint.metadata["round"]), self.config.federation.num_rounds
+        completed, recorded_fingerprint = _round_and_dataset(path, checkpoint)
+        wanted = self.config.federation.num_rounds
         if completed > wanted:
             raise ConfigError(
                 f"federation.num_rounds={wanted} is less than the {completed} rounds that "
                 f"{self.run.path} has completed: allowed is {completed} or more."
             )
         fingerprint = self.train_set.info.fingerprint
-        if checkpoint.metadata["dataset"]["fingerprint"] != fingerprint:
+        if recorded_fingerprint != fingerprint:
             raise DataError(
                 f"dataset.root={self.config.dataset.root} does not hold the images that "
                 f"{self.run.path} was started with: give dataset.root=<where they are>."
             )
         self.completed_rounds, self.state = completed, checkpoint.state
-        self.run.forget_rounds_after(completed)
 
     def round_finished(
         self, server_round: int, state: Mapping[str, Tensor], trained: TrainedRound
@@ -172,3 +182,13 @@ class Recorder:
             "config": to_nested(self.config),
         }
         save_checkpoint(self.run.checkpoint(server_round), state, metadata)
+
+
+def _round_and_dataset(path: Path, checkpoint: Checkpoint) -> tuple[int, str]:
+    match checkpoint.metadata:
+        case {"round": int(server_round), "dataset": {"fingerprint": str(fingerprint)}}:
+            return server_round, fingerprint
+    raise CheckpointError(
+        f"{path.with_suffix('.json')} does not say which round of which data set it is: restore it from "
+        "a copy, or delete it to use an earlier checkpoint."
+    )

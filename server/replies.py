@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 from fedsmooth_core import wire
+from fedsmooth_core.models import NORMALISATION
 
 _SERIALIZATION = "numpy.ndarray"  # NumPy's own format, which is read without unpickling
 
@@ -60,6 +61,13 @@ def _check_metrics(metrics: MetricRecord, max_num_examples: int) -> None:
         raise BadReplyError(
             f"{wire.NUM_EXAMPLES}={num_examples!r} is not an integer in [1, {max_num_examples}]"
         )
+    for name in (wire.TRAIN_LOSS, wire.TRAIN_ACCURACY, wire.TRAIN_SECONDS):
+        if metrics[name] < 0:  # type: ignore[operator]
+            raise BadReplyError(f"{name}={metrics[name]!r} is negative")
+    if metrics[wire.TRAIN_ACCURACY] > 1:  # type: ignore[operator]
+        raise BadReplyError(
+            f"{wire.TRAIN_ACCURACY}={metrics[wire.TRAIN_ACCURACY]!r} is more than 1"
+        )
 
 
 def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,8 +86,9 @@ def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str
             received = torch.from_numpy(array.numpy())
         except Exception as error:
             # Any bytes can arrive here, and NumPy raises many kinds of errors on them.
-            what = " ".join(str(error).split())
-            raise BadReplyError(f"tensor {name!r} cannot be decoded ({what})") from error
+            raise BadReplyError(
+                f"tensor {name!r} cannot be decoded (it is no array in NumPy's format)"
+            ) from error
         if received.shape != tensor.shape:
             raise BadReplyError(
                 f"tensor {name!r} has shape {tuple(received.shape)} instead of {tuple(tensor.shape)}"
@@ -88,5 +97,7 @@ def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str
             raise BadReplyError(f"tensor {name!r} is {received.dtype} instead of {tensor.dtype}")
         if received.is_floating_point() and not bool(torch.isfinite(received).all()):
             raise BadReplyError(f"tensor {name!r} has values that are not finite")
+        if name.startswith(NORMALISATION) and not torch.equal(received, tensor):
+            raise BadReplyError(f"tensor {name!r} was changed, but normalisation is not trained")
         state[name] = received
     return state

@@ -1,6 +1,7 @@
 """Certified accuracy of finished certifications, side by side: a table, a figure, or JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from server import configuration
 
 ROWS_IN_RUN = "certification/round-*/rows.tsv"
 """Where a run directory keeps its certification rows: a folder for each certified round."""
+
+_TERMS = tuple(f"certification.{key}" for key in ("sigma", "n0", "n", "alpha"))
 
 # Settings that do not say what was trained or certified, so no curve is named after them.
 _SAYS_NOTHING = (
@@ -112,7 +115,10 @@ def load_curve(path: Path) -> Curve:
                 f"{path} holds no {ROWS_IN_RUN}: it is no run, or nothing in it is certified yet."
             )
         file, label = certified[-1], path.resolve().name
+        # What these rows were certified with rules, should the run have been given other settings since.
+        settings = {f"certification.{key}": value for key, value in _parameters(file).items()}
         details = to_flat(configuration.load(path))
+        details |= {key: value for key, value in settings.items() if key in _TERMS}
     else:
         file, label, details = path, path.name.removesuffix(".tsv"), _parameters(path)
     rows = read_rows(file)
@@ -124,7 +130,14 @@ def load_curve(path: Path) -> Curve:
 def _parameters(rows: Path) -> dict[str, Scalar]:
     """Return what our own files of rows say about themselves; a published file says nothing."""
     beside = parameters_path(rows)
-    parameters: dict[str, Scalar] = json.loads(beside.read_text()) if beside.is_file() else {}
+    if not beside.is_file():
+        return {}
+    try:
+        parameters = json.loads(beside.read_bytes())
+    except ValueError:
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise CertificationError(f"{beside} is damaged: restore it from a copy, or delete it.")
     return parameters
 
 
@@ -170,7 +183,7 @@ def table_radii(curves: Sequence[Curve], radius_step: float) -> list[float]:
         CertificationError: unless the step is > 0 and makes at most 1,000 radii.
     """
     largest = max(float(curve.rows.radius.max()) for curve in curves)
-    if not (radius_step > 0 and largest / radius_step < 1000):
+    if not (0 < radius_step < math.inf and largest / radius_step < 1000):
         raise CertificationError(
             f"radius_step={radius_step} does not suit radii up to {largest:.3g}: allowed is a step "
             "> 0 that makes at most 1,000 radii."

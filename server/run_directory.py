@@ -1,5 +1,6 @@
 """A run's directory: everything that explains the run, and all that its continuation needs."""
 
+import itertools
 import json
 import os
 import platform
@@ -10,18 +11,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.durable import append_durably, write_atomically
+from fedsmooth_core.durable import append_durably, try_lock, write_atomically
 from fedsmooth_core.errors import ConfigError
 from server import configuration
 
 CERTIFICATION = "certification"
 """Folder, in a run's directory, of one folder of certificates for each certified round."""
 
+_CONFIG = "config.yaml"
 _SESSIONS = "sessions.jsonl"
 _PACKAGES = ("fed-smoothadv", "flwr", "torch", "torchvision", "numpy", "scipy", "safetensors")
 
@@ -34,44 +36,76 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def open(cls, config: RunConfig, kind: str) -> "RunDirectory":
-        """Make the directory of a new run, or open that of the run to resume.
+        """Make the directory of a new run, or open that of the run to resume, for this process alone.
 
-        ``kind`` says what trains: a resumed run must be of the kind that it was started as.
+        ``kind`` says what trains: a resumed run must be of the kind that it was started as. Nothing
+        of the run is written yet: :meth:`record` does that once the run has proved possible.
 
         Raises:
-            ConfigError: when a new run's directory holds a run already, or a resumed one's does not.
+            ConfigError: when a new run's directory holds a run already, a resumed one's does not, its
+                final model is certified on other terms, or another process works on it.
         """
-        run = cls(_absolute(config))
-        recorded = run.path / "config.yaml"
-        if config.resume and not recorded.is_file():
+        if config.resume and not (_given(config) / _CONFIG).is_file():
             raise ConfigError(
-                f"run_dir={run.path} holds no run to resume: leave resume=true out to start one."
+                f"run_dir={_given(config)} holds no run to resume: leave resume=true out to start one."
             )
-        if recorded.exists() and not config.resume:
-            raise ConfigError(
-                f"run_dir={run.path} holds a run already: add resume=true to continue it, or choose "
-                "another run_dir."
-            )
-        started_as = {session["kind"] for session in _read_lines(run.path / _SESSIONS)}
-        if started_as - {kind}:
-            raise ConfigError(
-                f"run_dir={run.path} holds a {min(started_as)} run: continue it with the command that "
-                "started it."
-            )
+        run = cls(_given(config) if config.run_dir is not None else _fresh(config.name))
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run._lock = (run.path / ".lock").open("w")
         except OSError as error:
             raise ConfigError(
                 f"run_dir={run.path} cannot be made ({error.strerror}): choose a folder that can be "
                 "written."
             ) from error
-        # Where a run lies and whether it was continued are no settings of the run.
-        configuration.save(replace(config, run_dir=None, resume=False), recorded)
-        append_durably(run.path / _SESSIONS, json.dumps(_session(config, kind)))
+        try:
+            run._check(config, kind)
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _check(self, config: RunConfig, kind: str) -> None:
+        assert self._lock is not None
+        if not try_lock(self._lock):
+            raise ConfigError(
+                f"run_dir={self.path} is another process's: wait until it ends, or choose another one."
+            )
+        if (self.path / _CONFIG).exists() and not config.resume:
+            raise ConfigError(
+                f"run_dir={self.path} holds a run already: add resume=true to continue it, or choose "
+                "another run_dir."
+            )
+        sessions = _read_lines(self.path / _SESSIONS)
+        kinds = {str(session["kind"]) for session in sessions if "kind" in session}
+        if kinds - {kind}:
+            raise ConfigError(
+                f"run_dir={self.path} holds a {min(kinds)} run: continue it with the command that "
+                "started it."
+            )
+        certified = self.certification(config.federation.num_rounds) / "rows.tsv"
+        if certified.exists():
+            recorded = configuration.load(self.path)
+            if _terms(config) != _terms(recorded):
+                raise ConfigError(
+                    f"{certified} holds certificates on other terms than certification.* now: leave "
+                    "these settings as they were, or certify into another folder with fedsmooth certify -o."
+                )
+
+    def record(self, config: RunConfig, kind: str) -> None:
+        """Write the resolved configuration, and that this process works on the run from now on."""
+        # Where a run lies and whether it was continued are no settings of the run.
+        configuration.save(replace(config, run_dir=None, resume=False), self.path / _CONFIG)
+        append_durably(self.path / _SESSIONS, json.dumps(_session(config, kind)))
+
+    def close(self) -> None:
+        """Let other processes work on the run."""
+        if self._lock is not None:
+            self._lock.close()
 
     def checkpoint(self, server_round: int) -> Path:
         """Path of the weights after a round (0: the initial model)."""
@@ -91,31 +125,46 @@ class RunDirectory:
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop the lines of rounds that a resumed run will do again."""
-        kept = [line for line in self.read_metrics() if line["round"] <= server_round]
+        rounds = ((line.get("round"), line) for line in self.read_metrics())
+        kept = [
+            line for number, line in rounds if isinstance(number, int) and number <= server_round
+        ]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.metrics, text.encode())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # torn by a crash
+            line = json.loads(text)
+        except ValueError:  # torn by a crash
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 
-def _absolute(config: RunConfig) -> Path:
-    if config.run_dir is not None:
-        return Path(config.run_dir).expanduser().resolve()
+def _terms(config: RunConfig) -> tuple[float, int, int, float, int | None]:
+    settings = config.certification
+    return config.certified_sigma, settings.n0, settings.n, settings.alpha, settings.num_images
+
+
+def _given(config: RunConfig) -> Path:
+    return Path(config.run_dir or "").expanduser().resolve()
+
+
+def _fresh(name: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = Path("runs") / f"{stamp}-{config.name}"
-    suffix = 1
-    while path.exists():
-        suffix += 1
-        path = Path("runs") / f"{stamp}-{config.name}-{suffix}"
-    return path.resolve()
+    for suffix in itertools.count(1):
+        path = Path("runs", f"{stamp}-{name}" + (f"-{suffix}" if suffix > 1 else "")).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
 
 
 def _session(config: RunConfig, kind: str) -> dict[str, Any]:

@@ -110,7 +110,9 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = str(uuid4())
             try:
                 reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
-            except Exception as error:
+                if not isinstance(reply, Message):
+                    raise TypeError(f"the ClientApp returned {reply!r} instead of a Message")
+            except (Exception, SystemExit) as error:
                 # As in a deployment: a client that raises answers with an error, and the round goes on.
                 reason = f"{type(error).__name__}: {error}"
                 reply = Message(

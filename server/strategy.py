@@ -40,6 +40,7 @@ class SmoothAdvFedAvg(FedAvg):
         config: RunConfig,
         spec: ModelSpec,
         class_names: Sequence[str],
+        max_num_examples: int,
         completed_rounds: int = 0,
     ) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class SmoothAdvFedAvg(FedAvg):
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
         self._facts.update(to_flat(config.plan, wire.PLAN_PREFIX))
         self._facts.update(to_flat(spec, wire.SPEC_PREFIX))
+        self._max_num_examples = max_num_examples
         self._global: Mapping[str, Tensor] = {}
         self._sent: list[tuple[Metadata, int]] = []
         self._started = 0.0
@@ -141,15 +143,15 @@ class SmoothAdvFedAvg(FedAvg):
                 self._refuse(client, "no reply came in time")
             elif reply.has_error():
                 # Whatever text a client sends: one line in the log and in the metrics.
-                self._refuse(client, " ".join(str(reply.error.reason).split()).rstrip("."))
+                self._refuse(client, str(reply.error.reason).rstrip(".\n"))
             else:
                 try:
-                    accepted.append(
-                        read_reply(reply, self._global, self.config.federation.max_num_examples)
-                    )
+                    accepted.append(read_reply(reply, self._global, self._max_num_examples))
                 except BadReplyError as error:
                     self._refuse(client, str(error))
         return accepted
 
     def _refuse(self, client: int, reason: str) -> None:
-        self.trained.refused.append(Refusal(client, reason))
+        # What a client writes may hold control characters of a terminal.
+        readable = "".join(letter if letter.isprintable() else " " for letter in reason)
+        self.trained.refused.append(Refusal(client, " ".join(readable.split())))

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsmooth_core.certification.bounds import ABSTAIN
 from fedsmooth_core.errors import CertificationError
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
 
 # How Cohen et al.'s code prints a duration: str(datetime.timedelta).
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _TIMEDELTA = re.compile(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)")
 
 
@@ -135,10 +137,15 @@ def _parse_row(line: str) -> CertifiedRow:
     correct = _whole("correct", cells[4])
     if correct not in (0, 1):
         raise ValueError(f"correct={correct} is neither 0 nor 1")
+    label, predict = _whole("label", cells[1]), _whole("predict", cells[2])
+    if predict < ABSTAIN:
+        raise ValueError(f"predict={predict} is neither a class nor {ABSTAIN}, an abstention")
+    if correct != (predict == label):
+        raise ValueError(f"correct={correct} contradicts label={label} and predict={predict}")
     return CertifiedRow(
         idx=_whole("idx", cells[0]),
-        label=_whole("label", cells[1]),
-        predict=_whole("predict", cells[2]),
+        label=label,
+        predict=predict,
         radius=_not_negative("radius", cells[3]),
         correct=correct,
         time=_seconds(cells[5]),
@@ -146,10 +153,10 @@ def _parse_row(line: str) -> CertifiedRow:
 
 
 def _whole(name: str, cell: str) -> int:
-    try:
-        return int(cell)
-    except ValueError:
-        raise ValueError(f"{name}={cell!r} is not a whole number") from None
+    # Not all that int() takes: no underscores, no spaces, and nothing beyond 64 bits.
+    if _INTEGER.fullmatch(cell) is None:
+        raise ValueError(f"{name}={cell!r} is not a whole number")
+    return int(cell)
 
 
 def _not_negative(name: str, cell: str) -> float:

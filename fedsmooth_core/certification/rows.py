@@ -1,6 +1,5 @@
 """A file of rows that a certification can be killed over and resumed from, at any moment."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from fedsmooth_core.certification.row_format import (
     parse_rows,
     read_rows,
 )
-from fedsmooth_core.durable import sync_folder, write_atomically
+from fedsmooth_core.durable import sync_folder, try_lock, write_atomically
 from fedsmooth_core.errors import CertificationError
 
 __all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_rows"]
@@ -94,13 +93,10 @@ class RowFile:
         self.close()
 
     def _lock(self) -> None:
-        # The system lets go of it when the process ends, however it ends.
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._file):
             raise CertificationError(
                 f"{self._path} is being written by another process: wait until it ends, or stop it."
-            ) from None
+            )
 
     def _continue(self, parameters: dict[str, str | int | float | bool | None]) -> None:
         content = self._path.read_bytes()

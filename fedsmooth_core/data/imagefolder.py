@@ -88,6 +88,8 @@ def _scan(root: Path) -> _Listing:
             )
         listing[split] = {name: _scan_class(folder / name) for name in names}
     _check_same_classes(root, listing)
+    if len(listing["train"]) < 2:
+        raise DataError(f"{root} holds one class alone: a classifier needs two or more.")
     return listing
 
 

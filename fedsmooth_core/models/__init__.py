@@ -6,9 +6,16 @@ Importing this package registers ``alexnet``, ``resnet20``, ``resnet110`` and ``
 from fedsmooth_core.models import alexnet, resnet, small_cnn  # noqa: F401 (they register themselves)
 from fedsmooth_core.models.initialisation import initialise
 from fedsmooth_core.models.normalisation import Normalise
-from fedsmooth_core.models.registry import Architecture, ModelSpec, build_model, register
+from fedsmooth_core.models.registry import (
+    NORMALISATION,
+    Architecture,
+    ModelSpec,
+    build_model,
+    register,
+)
 
 __all__ = [
+    "NORMALISATION",
     "Architecture",
     "ModelSpec",
     "Normalise",

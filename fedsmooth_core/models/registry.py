@@ -30,6 +30,9 @@ class ModelSpec(Section):
     """Image width in pixels."""
 
 
+NORMALISATION = "normalise."
+"""What the names of the normalisation's tensors begin with, in every model's state dict."""
+
 Architecture = Callable[[ModelSpec], nn.Module]
 _ARCHITECTURES: dict[str, Architecture] = {}
 

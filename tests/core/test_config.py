@@ -80,7 +80,7 @@ plan_parts = {
     "partition": section(
         PartitionConfig,
         scheme=st.sampled_from(["major_class", "iid", "dirichlet"]),
-        num_clients=naturals,
+        num_clients=st.integers(1, 1_000_000),
         samples_per_client=st.none() | naturals,
         gamma=st.floats(0, 1),
         concentration=positives,
@@ -99,7 +99,7 @@ plan_parts = {
     ),
 }
 run_parts = {
-    "name": names,
+    "name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
     "run_dir": st.none() | names,
     "federation": section(
         FederationConfig,
@@ -243,7 +243,13 @@ OUT_OF_RANGE = [
     (DatasetConfig, "image_size", [0, -8], "a number >= 1"),
     (DatasetConfig, "crop_padding", [-1], "a number >= 0"),
     (PartitionConfig, "scheme", ["IID", ""], "one of major_class, iid, dirichlet"),
-    (PartitionConfig, "num_clients", [0], "a number >= 1"),
+    (
+        RunConfig,
+        "name",
+        ["", "../x", "a b", ".hidden"],
+        "a name of letters, digits, dots, dashes and underscores",
+    ),
+    (PartitionConfig, "num_clients", [0, 1_000_001], "a number in [1, 1000000]"),
     (PartitionConfig, "samples_per_client", [0], "a number >= 1"),
     (PartitionConfig, "gamma", [-0.1, 1.1], "a number in [0, 1]"),
     (PartitionConfig, "concentration", [0.0, -1.0], "a number > 0"),

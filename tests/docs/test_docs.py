@@ -283,7 +283,7 @@ def _check_fedsmooth(arguments: list[str], tmp_path: Path) -> None:
     overrides = list(getattr(options, "overrides", []))
     command = arguments[0]
     if command == "certify":
-        configuration.with_overrides(to_nested(RunConfig()), overrides)
+        configuration.with_overrides(to_nested(RunConfig()), overrides, "checkpoint")
         return
     if "resume=true" in overrides:
         # A run of the default settings stands in for the one to continue.

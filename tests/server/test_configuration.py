@@ -237,8 +237,10 @@ def test_a_sweep_is_every_combination_in_order():
 
 
 def test_a_sweep_takes_ranges_and_quoted_values():
-    combinations = sweep(["seed=range(0,3)", "name='a, b'"])
-    assert [(c.seed, c.name) for c in map(compose, combinations)] == [(k, "a, b") for k in range(3)]
+    combinations = sweep(["seed=range(0,3)", "dataset.root='a, b'"])
+    assert [(c.seed, c.dataset.root) for c in map(compose, combinations)] == [
+        (k, "a, b") for k in range(3)
+    ]
 
 
 def test_without_several_values_a_sweep_is_one_run():
@@ -253,7 +255,7 @@ def test_a_sweep_over_an_unknown_key_is_refused():
 
 
 def test_a_recorded_configuration_reads_back_as_it_was(tmp_path):
-    config = compose(["experiment=fig3", "seed=7", "name='a: b # c'"])
+    config = compose(["experiment=fig3", "seed=7", "dataset.root='a: b # c'"])
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path) == config
     assert from_nested(RunConfig, yaml.safe_load(to_yaml(config))) == config
@@ -318,12 +320,33 @@ def test_a_resumed_setting_is_checked_like_any_other(tmp_path, recorded):
 
 def test_a_checkpoints_settings_take_single_overrides_alone():
     base = to_nested(compose(["experiment=fig5"]))
-    config = with_overrides(base, ["certification.n=50", "certification.sigma=0.3"])
+    config = with_overrides(base, ["certification.n=50", "certification.sigma=0.3"], "x.json")
     assert (config.certification.n, config.certified_sigma) == (50, 0.3)
     assert config.smoothing.sigma == 0.12
-    assert "model=alexnet" in refusal(with_overrides, base, ["model=alexnet"])
-    assert "certification.nn" in refusal(with_overrides, base, ["certification.nn=1"])
-    assert "certification.n=" in refusal(with_overrides, base, ["certification.n=1,2"])
+    assert "model=alexnet" in refusal(with_overrides, base, ["model=alexnet"], "x.json")
+    assert "certification.nn" in refusal(with_overrides, base, ["certification.nn=1"], "x.json")
+    assert "certification.n=" in refusal(with_overrides, base, ["certification.n=1,2"], "x.json")
+    for idle in ("model.name=alexnet", "training.learning_rate=7", "resume=true", "run_dir=x"):
+        assert "does not concern" in refusal(with_overrides, base, [idle], "x.json")
+
+
+@pytest.mark.parametrize("damaged", [None, [], "text", {}, {"seed": 1}])
+def test_settings_that_a_checkpoint_lacks_do_not_turn_into_defaults(damaged):
+    assert "x.json" in refusal(with_overrides, damaged, [], "x.json")
+
+
+def test_what_a_checkpoint_says_is_taken_literally(monkeypatch):
+    monkeypatch.setenv("SECRET", "7")
+    base = to_nested(compose([])) | {"seed": "${oc.env:SECRET}"}
+    assert "${oc.env:SECRET}" in refusal(with_overrides, base, [], "x.json")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{bad", b"\xff\xfe", b"[1, 2]", b"seed: 1\n", b"seed: {a: 1}\n"]
+)
+def test_a_damaged_recorded_configuration_is_no_run_of_defaults(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert "config.yaml" in refusal(load, tmp_path)
 
 
 # --- where Hydra is

@@ -5,13 +5,17 @@ import json
 import pytest
 import yaml
 
-from fedsmooth_core.config import RunConfig, from_nested
+from fedsmooth_core.config import CertificationConfig, RunConfig, from_nested
 from fedsmooth_core.errors import ConfigError
 from server.run_directory import RunDirectory
 
 
-def new(path, **settings):
-    return RunDirectory.open(RunConfig(run_dir=str(path), **settings), "federated")
+def new(path, kind="federated", **settings):
+    config = RunConfig(run_dir=str(path), **settings)
+    run = RunDirectory.open(config, kind)
+    run.record(config, kind)
+    run.close()
+    return run
 
 
 def test_a_run_records_its_settings_and_who_ran_it(tmp_path):
@@ -48,7 +52,7 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path):
 def test_a_run_is_continued_by_the_command_that_started_it(tmp_path):
     new(tmp_path)
     with pytest.raises(ConfigError, match="holds a federated run"):
-        RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True), "centralized")
+        new(tmp_path, "centralized", resume=True)
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -91,3 +95,44 @@ def test_rounds_that_will_come_again_are_forgotten(tmp_path, kept):
 def test_checkpoints_sort_by_round(tmp_path):
     names = [RunDirectory(tmp_path).checkpoint(k).name for k in (0, 9, 10, 150)]
     assert names == sorted(names)
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    new(tmp_path)
+    config = RunConfig(run_dir=str(tmp_path), resume=True)
+    first = RunDirectory.open(config, "federated")
+    with pytest.raises(ConfigError, match="another process"):
+        RunDirectory.open(config, "federated")
+    first.close()
+    RunDirectory.open(config, "federated").close()
+
+
+def test_opening_a_run_changes_nothing_of_it(tmp_path):
+    new(tmp_path, seed=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True, seed=1), "federated").close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_certificates_on_other_terms_are_refused_before_anything_is_written(tmp_path):
+    run = new(tmp_path)
+    rows = run.certification(30) / "rows.tsv"
+    rows.parent.mkdir(parents=True)
+    rows.touch()
+    other = RunConfig(run_dir=str(tmp_path), resume=True, certification=CertificationConfig(n=7))
+    with pytest.raises(ConfigError, match="on other terms"):
+        RunDirectory.open(other, "federated")
+    RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True), "federated").close()
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "7", "{torn", '{"kind": "federated"}'])
+def test_lines_that_say_nothing_are_passed_over(tmp_path, line):
+    run = new(tmp_path)
+    for name in ("sessions.jsonl", "metrics.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write(line + "\n")
+    run.append_metrics({"round": 1})
+    again = RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True), "federated")
+    again.forget_rounds_after(1)
+    again.close()
+    assert again.read_metrics() == [{"round": 1}]

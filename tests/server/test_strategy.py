@@ -85,7 +85,7 @@ def federation(num_clients, misbehave=None, **settings):
         partition=PartitionConfig(num_clients=num_clients),
         federation=FederationConfig(**{"cohort_fraction": 1.0} | settings),
     )
-    strategy = SmoothAdvFedAvg(config, SPEC, ["a", "b", "c"])
+    strategy = SmoothAdvFedAvg(config, SPEC, ["a", "b", "c"], max_num_examples=1_000_000)
     grid = InProcessGrid(num_clients, client_app=app)
     grid.seen = seen
     return strategy, grid

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,9 +23,9 @@ certified_rows = st.lists(
         label=st.integers(0, 1000),
         predict=st.integers(-1, 1000),
         radius=not_negative,
-        correct=st.integers(0, 1),
+        correct=st.just(0),
         time=not_negative,
-    ),
+    ).map(lambda row: replace(row, correct=int(row.predict == row.label))),
     unique_by=lambda row: row.idx,
 )
 
@@ -82,6 +84,10 @@ GOOD = "0\t3\t3\t0.5\t1\t1.0"
         (f"{HEADER}\n{GOOD}\n1\t3\t3\tnan\t1\t1\n", "line 3.*radius='nan'"),
         (f"{HEADER}\n{GOOD}\n1\t3\t3\t-0.1\t1\t1\n", "line 3.*radius='-0.1'"),
         (f"{HEADER}\n{GOOD}\n1\t3\t3\t0.5\t2\t1\n", "line 3.*correct=2"),
+        (f"{HEADER}\n{GOOD}\n1\t3\t4\t0.5\t1\t1\n", "line 3.*correct=1 contradicts"),
+        (f"{HEADER}\n{GOOD}\n1\t3\t-7\t0.5\t0\t1\n", "line 3.*predict=-7"),
+        (f"{HEADER}\n{GOOD}\n1_0\t3\t3\t0.5\t1\t1\n", "line 3.*idx='1_0'"),
+        (f"{HEADER}\n{GOOD}\n{2**64}\t3\t3\t0.5\t1\t1\n", "line 3.*idx="),
         (f"{HEADER}\n{GOOD}\n1\t3\t3\t0.5\t1\t0:0\n", "line 3.*time='0:0'"),
         (f"{HEADER}\n{GOOD}\n{GOOD}\n", "line 3.*image 0 is on line 2"),
     ],

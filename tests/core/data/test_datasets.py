@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,9 +202,9 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
 
 
 def test_a_constant_channel_has_a_usable_std(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split / "grey").mkdir(parents=True)
-        Image.new("RGB", (2, 2), (9, 9, 9)).save(tmp_path / split / "grey" / "0.png")
+    for folder in ("train/grey", "train/gray", "test/grey", "test/gray"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (2, 2), (9, 9, 9)).save(tmp_path / folder / "0.png")
     assert load_dataset(imagefolder(tmp_path), "train").info.std == (1 / 255,) * 3
 
 
@@ -211,6 +212,13 @@ def spoil_broken(root):
     path = root / "train" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:-30])
     return path
+
+
+def spoil_one_class(root):
+    for split in ("train", "test"):
+        for folder in sorted((root / split).iterdir())[1:]:
+            shutil.rmtree(folder)
+    return root
 
 
 def spoil_no_image(root):
@@ -280,6 +288,7 @@ def spoil_no_class(root):
     [
         spoil_broken,
         spoil_no_image,
+        spoil_one_class,
         spoil_foreign_format,
         spoil_deep,
         spoil_mixed_sizes,
