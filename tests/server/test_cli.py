@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from fedsmooth_core.certification.rows import read_rows
 from fedsmooth_core.config import RunConfig, from_nested
 from server.cli import main
 from server.configuration import compose
+from server.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +301,156 @@ def test_the_installed_command_ends_with_status_2_and_no_traceback(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: seed='x' has the wrong type")
     assert result.stderr.count("\n") == 1
+
+
+# --- what attacks and accidents did to earlier versions
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_in_which_no_client_ever_succeeded_is_an_error(tmp_path, tiny_overrides, capsys):
+    run = tmp_path / "run"
+    diverging = [*tiny_overrides, "training.learning_rate=1e30", f"run_dir={run}"]
+    text = refused(capsys, "simulate", *diverging)
+    assert "No client's reply could be used in any of 3 rounds" in text
+    assert "not a finite number" in text
+    assert len(metrics_of(run)) == 3
+    assert not (run / "certification").exists()
+
+
+def test_centralised_training_that_diverges_stops_with_a_sentence(tmp_path, tiny_overrides, capsys):
+    run = tmp_path / "run"
+    diverging = [*tiny_overrides, "training.learning_rate=1e30", f"run_dir={run}"]
+    assert "Training diverged in round" in refused(capsys, "centralized", *diverging)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(simulated, capsys):
+    files = [path for path in simulated.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    text = refused(
+        capsys, "simulate", f"run_dir={simulated}", "resume=true", "federation.num_rounds=1"
+    )
+    assert "federation.num_rounds=1 is less than the 3 rounds" in text
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_a_centralised_sweep_starts_what_is_left_as_centralised(tmp_path, tiny_overrides):
+    root = tmp_path / "sweep"
+    short = ["training.local_steps=3", "certification.at_end=false", "smoothing.sigma=0.1,0.2"]
+    sweep = [*tiny_overrides, *short, f"run_dir={root}"]
+    kept = [setting for setting in sweep if not setting.startswith("training.batch_size")]
+    main(["centralized", "-m", *kept])
+    shutil.rmtree(root / "1")
+    main(["centralized", "-m", *kept, "resume=true"])
+    sizes = [
+        yaml.safe_load((root / number / "config.yaml").read_text())["training"]["batch_size"]
+        for number in ("0", "1")
+    ]
+    assert sizes == [60, 60]
+    assert [line["round"] for line in metrics_of(root / "1")] == [1, 2, 3]
+
+
+def test_a_run_that_is_being_worked_on_is_refused_to_others(simulated, capsys):
+    config = compose([f"run_dir={simulated}", "resume=true"])
+    working = RunDirectory.open(config, "federated")
+    try:
+        text = refused(capsys, "simulate", f"run_dir={simulated}", "resume=true")
+    finally:
+        working.close()
+    assert "is another process's" in text
+
+
+def tampered(change):
+    def spoil(run):
+        path = run / "checkpoints" / "round-0003.json"
+        sidecar = json.loads(path.read_text())
+        change(sidecar["metadata"])
+        path.write_text(json.dumps(sidecar))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        tampered(lambda metadata: metadata.pop("round")),
+        tampered(lambda metadata: metadata.update(round="x")),
+        tampered(lambda metadata: metadata.pop("dataset")),
+        tampered(lambda metadata: metadata.update(dataset=[])),
+        lambda run: (run / "config.yaml").write_text(""),
+        lambda run: (run / "config.yaml").write_text("{bad"),
+        lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"),
+        lambda run: (run / "checkpoints" / "round-0003.safetensors").write_bytes(b"junk"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed_but_named(simulated, tmp_path, capsys, spoil):
+    run = shutil.copytree(simulated, tmp_path / "run")
+    spoil(run)
+    refused(capsys, "simulate", f"run_dir={run}", "resume=true", "federation.num_rounds=4")
+    assert len(metrics_of(run)) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.pop("config"),
+        lambda metadata: metadata.update(config=[1]),
+        lambda metadata: metadata.update(config="text"),
+        lambda metadata: metadata["config"].pop("seed"),
+        lambda metadata: metadata.update(model=[]),
+        lambda metadata: metadata["model"].pop("name"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_it_is_is_not_certified(
+    simulated, tmp_path, capsys, change
+):
+    run = shutil.copytree(simulated, tmp_path / "run")
+    tampered(change)(run)
+    refused(capsys, "certify", str(run), "-o", str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize("content", ["{bad", "[1]", ""])
+def test_damaged_parameters_of_rows_are_named(simulated, tmp_path, capsys, content):
+    main(["certify", str(simulated), "-o", str(tmp_path / "rows")])
+    (tmp_path / "rows" / "rows.tsv.parameters.json").write_text(content)
+    rows = str(tmp_path / "rows" / "rows.tsv")
+    assert "parameters.json" in refused(capsys, "report", rows, "-o", str(tmp_path / "x"))
+    refused(capsys, "report", rows, "--json", "--radius-step", "inf")
+
+
+def test_a_file_where_a_folder_must_be_is_named(simulated, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    below = str(tmp_path / "file" / "x")
+    assert str(tmp_path / "file") in refused(capsys, "certify", str(simulated), "-o", below)
+    assert str(tmp_path / "file") in refused(capsys, "partition", "-o", below)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["simulate", "-m", "experiment=glob(*)", "smoothing.sigma=foo(1)"],
+        ["simulate", "-m", "smoothing.sigma=0.1,0.2", "resume=yes"],
+        ["simulate", "foo"],
+        ["simulate", ""],
+        ["simulate", "partition.num_clients=1000000000"],
+        ["simulate", "name=../../elsewhere"],
+        ["certify", "nothere"],
+    ],
+)
+def test_every_odd_command_line_is_one_sentence(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "hydra.cc" not in refused(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_stand_anywhere(simulated, tmp_path, capsys):
+    out = tmp_path / "rows"
+    main(["certify", "-o", str(out), str(simulated), "certification.n=50"])
+    main(["certify", str(simulated), "-o", str(tmp_path / "more"), "certification.n=50"])
+    rows = [str(out / "rows.tsv"), str(tmp_path / "more" / "rows.tsv")]
+    main(["report", rows[0], "-o", str(tmp_path / "joint"), rows[1]])
+    assert is_picture(tmp_path / "joint.png")
+    with pytest.raises(SystemExit):
+        main(["simulate", "--nonsense"])

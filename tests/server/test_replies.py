@@ -254,3 +254,21 @@ def test_a_pickled_object_is_refused_and_never_unpickled(wrapped, tmp_path):
     assert not sprung.exists()
     np.load(io.BytesIO(data), allow_pickle=True)  # the trap is a live one
     assert sprung.exists()
+
+
+@pytest.mark.parametrize("name", ["train-loss", "train-accuracy", "train-seconds"])
+def test_no_metric_is_negative(name):
+    assert reason(reply(metrics=METRICS | {name: -1e300})) == f"{name}=-1e+300 is negative"
+
+
+def test_an_accuracy_is_at_most_1():
+    assert reason(reply(metrics=METRICS | {"train-accuracy": 1e308})).endswith("is more than 1")
+
+
+@pytest.mark.parametrize("value", [3.4e38, 0.0, -1.0])
+def test_normalisation_is_never_trained(value):
+    expected = dict(EXPECTED) | {"normalise.std": torch.ones(1)}
+    arrays = ArrayRecord(expected | {"normalise.std": torch.full((1,), value)})
+    with pytest.raises(BadReplyError, match=r"'normalise\.std' was changed"):
+        read_reply(reply(arrays), expected, CAP)
+    assert read_reply(reply(ArrayRecord(expected)), expected, CAP)
