@@ -25,6 +25,7 @@ from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError, CheckpointError
 from server.progress import counting
 from server.report import load_curve, table_radii
+from server.terms import certification_terms
 
 ROWS = "rows.tsv"
 SUMMARY = "summary.json"
@@ -79,19 +80,8 @@ def certify_checkpoint(
     model = loaded.to(device)
     settings = config.certification
     indices = subset_indices(len(test_set), settings.num_images)
-    parameters: dict[str, str | int | float] = {
-        "weights": state_sha256(checkpoint.state),
-        "dataset": test_set.info.fingerprint,
-        "sigma": config.certified_sigma,
-        "n0": settings.n0,
-        "n": settings.n,
-        "alpha": settings.alpha,
-        "num_images": len(indices),
-        "seed": config.seed,
-        "precision": "float32",
-        # CPU and CUDA draw different noise from one seed: both are valid, a mixture is not one file.
-        "device": device.type,
-    }
+    parameters = certification_terms(config, test_set, device)
+    parameters["weights"] = state_sha256(checkpoint.state)
     with RowFile(folder / ROWS, parameters) as file:
         todo = [index for index in indices if index not in file.done]
         _certify_into(file, model, test_set, todo, config, device, console)

@@ -55,7 +55,7 @@ def _train(recorder: Recorder, grid: Grid) -> None:
                 evaluate_fn=record,
             )
     rounds = recorder.run.read_metrics()
-    if not any(line.get("num_examples") for line in rounds):
+    if rounds and not any(line.get("num_examples") for line in rounds):
         reasons = [refusal["reason"] for line in rounds for refusal in line.get("refused", [])]
         raise TrainingError(
             f"No client's reply could be used in any of {len(rounds)} rounds, so the model is untrained "

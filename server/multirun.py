@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import ConfigError, TrainingError
 from server.configuration import compose, sweep
 from server.report import show
 
@@ -29,13 +29,17 @@ def run_sweep(
         run: does one run and returns its directory.
 
     Raises:
-        FedSmoothError: before the first run if any combination is not a valid configuration.
+        FedSmoothError: before the first run if any combination is not a valid configuration, and at
+            the end if some runs left no model.
     """
     given = dict(override.partition("=")[::2] for override in overrides)
-    root = Path(given.pop("run_dir", "") or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
+    run_dir = given.pop("run_dir", "")
     resume = given.pop("resume", "false").lower()
     if resume not in ("true", "false"):
         raise ConfigError(f"resume={resume!r} has the wrong type: allowed is true or false.")
+    if resume == "true" and not run_dir:
+        raise ConfigError("resume=true needs the sweep to continue: set run_dir=<its folder>.")
+    root = Path(run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep").expanduser()
     combinations = sweep([f"{key}={value}" for key, value in given.items()])
     configs = []
     for number, combination in enumerate(combinations):
@@ -48,6 +52,12 @@ def run_sweep(
     paths = []
     for number, (config, combination) in enumerate(zip(configs, combinations, strict=True)):
         console.rule(f"{number + 1} of {len(configs)}: {' '.join(combination)}")
-        paths.append(run(config))
-    if configs[0].certification.at_end:
+        try:
+            paths.append(run(config))
+        except TrainingError as error:  # such as a learning rate that diverges: the others may not
+            console.print(f"Run {number} failed: {error}", soft_wrap=True, markup=False)
+    if paths and configs[0].certification.at_end:
         show(paths, root / "curve", configs[0].certification.radius_step, console)
+    if len(paths) < len(configs):
+        failed = len(configs) - len(paths)
+        raise TrainingError(f"{failed} of the sweep's {len(configs)} runs failed, as said above.")

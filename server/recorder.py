@@ -25,6 +25,7 @@ from fedsmooth_core.seeding import Purpose, torch_generator
 from server.evaluation import Evaluator
 from server.replies import Refusal
 from server.run_directory import RunDirectory
+from server.terms import certification_terms, refuse_other_terms
 
 
 @dataclass
@@ -114,6 +115,10 @@ class Recorder:
         try:
             if config.resume:
                 self._resume()
+            # Whatever would be refused later is refused before anything is written.
+            if config.certification.at_end:
+                rows = self.run.certification(config.federation.num_rounds) / "rows.tsv"
+                refuse_other_terms(rows, certification_terms(config, self.test_set, self.device))
             self.run.record(config, kind)
             self.run.forget_rounds_after(self.completed_rounds)
             if not self.completed_rounds:

@@ -99,5 +99,7 @@ def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str
             raise BadReplyError(f"tensor {name!r} has values that are not finite")
         if name.startswith(NORMALISATION) and not torch.equal(received, tensor):
             raise BadReplyError(f"tensor {name!r} was changed, but normalisation is not trained")
+        if name.endswith("running_var") and bool((received < 0).any()):
+            raise BadReplyError(f"tensor {name!r} has negative variances")
         state[name] = received
     return state

@@ -25,7 +25,7 @@ from fedsmooth_core.certification.analysis import (
     read_rows,
     summary,
 )
-from fedsmooth_core.certification.rows import parameters_path
+from fedsmooth_core.certification.rows import read_parameters
 from fedsmooth_core.config import Scalar, to_flat
 from fedsmooth_core.errors import CertificationError
 from server import configuration
@@ -116,29 +116,17 @@ def load_curve(path: Path) -> Curve:
             )
         file, label = certified[-1], path.resolve().name
         # What these rows were certified with rules, should the run have been given other settings since.
-        settings = {f"certification.{key}": value for key, value in _parameters(file).items()}
+        settings = {
+            f"certification.{key}": value for key, value in (read_parameters(file) or {}).items()
+        }
         details = to_flat(configuration.load(path))
         details |= {key: value for key, value in settings.items() if key in _TERMS}
     else:
-        file, label, details = path, path.name.removesuffix(".tsv"), _parameters(path)
+        file, label, details = path, path.name.removesuffix(".tsv"), read_parameters(path) or {}
     rows = read_rows(file)
     if not len(rows):
         raise CertificationError(f"{file} has no rows yet: report it once an image is certified.")
     return Curve(label, rows, path, details)
-
-
-def _parameters(rows: Path) -> dict[str, Scalar]:
-    """Return what our own files of rows say about themselves; a published file says nothing."""
-    beside = parameters_path(rows)
-    if not beside.is_file():
-        return {}
-    try:
-        parameters = json.loads(beside.read_bytes())
-    except ValueError:
-        parameters = None
-    if not isinstance(parameters, dict):
-        raise CertificationError(f"{beside} is damaged: restore it from a copy, or delete it.")
-    return parameters
 
 
 def with_labels(curves: Sequence[Curve]) -> list[Curve]:

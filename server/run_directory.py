@@ -46,8 +46,8 @@ class RunDirectory:
         of the run is written yet: :meth:`record` does that once the run has proved possible.
 
         Raises:
-            ConfigError: when a new run's directory holds a run already, a resumed one's does not, its
-                final model is certified on other terms, or another process works on it.
+            ConfigError: when a new run's directory holds a run already, a resumed one's does not, or
+                another process works on it.
         """
         if config.resume and not (_given(config) / _CONFIG).is_file():
             raise ConfigError(
@@ -87,14 +87,6 @@ class RunDirectory:
                 f"run_dir={self.path} holds a {min(kinds)} run: continue it with the command that "
                 "started it."
             )
-        certified = self.certification(config.federation.num_rounds) / "rows.tsv"
-        if certified.exists():
-            recorded = configuration.load(self.path)
-            if _terms(config) != _terms(recorded):
-                raise ConfigError(
-                    f"{certified} holds certificates on other terms than certification.* now: leave "
-                    "these settings as they were, or certify into another folder with fedsmooth certify -o."
-                )
 
     def record(self, config: RunConfig, kind: str) -> None:
         """Write the resolved configuration, and that this process works on the run from now on."""
@@ -143,11 +135,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
-
-
-def _terms(config: RunConfig) -> tuple[float, int, int, float, int | None]:
-    settings = config.certification
-    return config.certified_sigma, settings.n0, settings.n, settings.alpha, settings.num_images
 
 
 def _given(config: RunConfig) -> Path:

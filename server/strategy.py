@@ -27,6 +27,8 @@ from server.replies import BadReplyError, Refusal, read_reply
 from server.roster import Roster
 from server.sampling import sample_cohort
 
+_REASON_LENGTH = 500  # of what a client may have written
+
 
 class SmoothAdvFedAvg(FedAvg):
     """theta = sum_k (n_k / n) theta_k over the sampled cohort (McMahan et al. 2017).
@@ -154,4 +156,4 @@ class SmoothAdvFedAvg(FedAvg):
     def _refuse(self, client: int, reason: str) -> None:
         # What a client writes may hold control characters of a terminal.
         readable = "".join(letter if letter.isprintable() else " " for letter in reason)
-        self.trained.refused.append(Refusal(client, " ".join(readable.split())))
+        self.trained.refused.append(Refusal(client, " ".join(readable.split())[:_REASON_LENGTH]))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fedsmooth_core.certification.row_format import (
     HEADER,
@@ -18,7 +18,7 @@ from fedsmooth_core.certification.row_format import (
 from fedsmooth_core.durable import sync_folder, try_lock, write_atomically
 from fedsmooth_core.errors import CertificationError
 
-__all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_rows"]
+__all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_parameters", "read_rows"]
 
 Parameters = Mapping[str, str | int | float | bool | None]
 """What determines a certificate, by name."""
@@ -27,6 +27,26 @@ Parameters = Mapping[str, str | int | float | bool | None]
 def parameters_path(path: Path) -> Path:
     """Return the file beside a file of rows that says how they were certified."""
     return path.with_name(f"{path.name}.parameters.json")
+
+
+def read_parameters(rows: Path) -> dict[str, Any] | None:
+    """Return what the rows of a file were certified with, or None if that is not recorded.
+
+    Raises:
+        CertificationError: if the record is damaged.
+    """
+    beside = parameters_path(rows)
+    if not beside.is_file():
+        return None
+    try:
+        parameters = json.loads(beside.read_bytes())
+    except ValueError:
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise CertificationError(
+            f"{beside} is damaged: restore it from a copy, or certify into another file."
+        )
+    return parameters
 
 
 class RowFile:
@@ -117,13 +137,12 @@ class RowFile:
             sync_folder(self._path.parent)
 
     def _check_parameters(self, parameters: dict[str, str | int | float | bool | None]) -> None:
-        try:
-            known = json.loads(parameters_path(self._path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        known = read_parameters(self._path)
+        if known is None:
             raise CertificationError(
-                f"{self._path} cannot be continued, because what its rows were certified with "
-                f"cannot be read ({error}): certify into another file."
-            ) from error
+                f"{self._path} cannot be continued, because it is not recorded what its rows were "
+                "certified with: certify into another file."
+            )
         if known != parameters:
             differing = ", ".join(
                 f"{name} ({known.get(name)!r} there, {parameters.get(name)!r} now)"

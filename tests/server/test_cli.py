@@ -454,3 +454,46 @@ def test_options_may_stand_anywhere(simulated, tmp_path, capsys):
     assert is_picture(tmp_path / "joint.png")
     with pytest.raises(SystemExit):
         main(["simulate", "--nonsense"])
+
+
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("setting", ["certification.n=7", "certification.num_images=3"])
+def test_a_certified_model_is_not_resumed_on_other_terms(tmp_path, tiny_overrides, capsys, setting):
+    run = tmp_path / "run"
+    main(["simulate", *tiny_overrides, f"run_dir={run}"])
+    before = contents(run)
+    assert "on other terms" in refused(capsys, "simulate", f"run_dir={run}", "resume=true", setting)
+    assert contents(run) == before
+    main(["simulate", f"run_dir={run}", "resume=true"])
+
+
+def test_terms_that_were_refused_never_leave_a_run_stuck(simulated, tmp_path, capsys):
+    run = shutil.copytree(simulated, tmp_path / "run")
+    shutil.rmtree(run / "certification", ignore_errors=True)  # of another test
+    main(["certify", str(run), "certification.n=50"])
+    before = contents(run)
+    resume = [f"run_dir={run}", "resume=true", "certification.at_end=true"]
+    assert "on other terms" in refused(capsys, "simulate", *resume)
+    assert contents(run) == before
+    main(["simulate", *resume, "certification.n=50"])
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{bad", ""])
+def test_rows_whose_parameters_are_damaged_are_not_continued(simulated, tmp_path, capsys, content):
+    main(["certify", str(simulated), "-o", str(tmp_path / "rows")])
+    (tmp_path / "rows" / "rows.tsv.parameters.json").write_text(content)
+    text = refused(capsys, "certify", str(simulated), "-o", str(tmp_path / "rows"))
+    assert "parameters.json is damaged" in text
+
+
+def test_one_failing_part_of_a_sweep_leaves_the_others(tmp_path, tiny_overrides, capsys):
+    root = tmp_path / "sweep"
+    kept = [setting for setting in tiny_overrides if "learning_rate" not in setting]
+    rates = ["training.learning_rate=1e30,0.1", f"run_dir={root}"]
+    text = refused(capsys, "simulate", "-m", *kept, *rates)
+    assert "1 of the sweep's 2 runs failed" in text
+    assert is_picture(root / "curve.png")
+    assert "needs the sweep" in refused(capsys, "simulate", "-m", *kept, "seed=1,2", "resume=true")

@@ -272,3 +272,10 @@ def test_normalisation_is_never_trained(value):
     with pytest.raises(BadReplyError, match=r"'normalise\.std' was changed"):
         read_reply(reply(arrays), expected, CAP)
     assert read_reply(reply(ArrayRecord(expected)), expected, CAP)
+
+
+def test_a_variance_is_never_negative():
+    expected = dict(EXPECTED) | {"norm.running_var": torch.ones(2)}
+    arrays = ArrayRecord(expected | {"norm.running_var": torch.tensor([1.0, -1.0])})
+    with pytest.raises(BadReplyError, match="negative variances"):
+        read_reply(reply(arrays), expected, CAP)

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from fedsmooth_core.config import CertificationConfig, RunConfig, from_nested
+from fedsmooth_core.config import RunConfig, from_nested
 from fedsmooth_core.errors import ConfigError
 from server.run_directory import RunDirectory
 
@@ -112,17 +112,6 @@ def test_opening_a_run_changes_nothing_of_it(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True, seed=1), "federated").close()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_certificates_on_other_terms_are_refused_before_anything_is_written(tmp_path):
-    run = new(tmp_path)
-    rows = run.certification(30) / "rows.tsv"
-    rows.parent.mkdir(parents=True)
-    rows.touch()
-    other = RunConfig(run_dir=str(tmp_path), resume=True, certification=CertificationConfig(n=7))
-    with pytest.raises(ConfigError, match="on other terms"):
-        RunDirectory.open(other, "federated")
-    RunDirectory.open(RunConfig(run_dir=str(tmp_path), resume=True), "federated").close()
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "7", "{torn", '{"kind": "federated"}'])
