@@ -98,7 +98,7 @@ def test_rows_of_unknown_parameters_are_not_continued(tmp_path, damage):
     parameters_path(path).unlink()
     if damage is not None:
         parameters_path(path).write_text(damage)
-    with pytest.raises(CertificationError, match="cannot be continued|is damaged"):
+    with pytest.raises(CertificationError, match=r"cannot be continued|is damaged"):
         RowFile(path, PARAMETERS)
 
 
