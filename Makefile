@@ -38,9 +38,9 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "Installing (several GB of PyTorch at the first time) ..."
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,simulation]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,simulation,dev]'
 	@touch $@

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +14,8 @@ from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import FedSmoothError
 
 _OVERRIDES = "settings as Hydra overrides, e.g. experiment=quick smoothing.sigma=0.5"
+# The packages, by their import names, that the `server` extra of pyproject.toml brings.
+_OF_SERVER_EXTRA = ("hydra", "omegaconf", "yaml", "matplotlib", "tensorboard", "prometheus_client")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,16 +28,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options, console)
     except FedSmoothError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
         # A full disk, a folder without permission, a file where a folder must be.
-        reason = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(reason)}", soft_wrap=True)
-        sys.exit(2)
+        _fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_SERVER_EXTRA:
+            raise
+        _fail(
+            f"This command needs {package}, which a device does without: install the server's packages, "
+            "pip install -c constraints.txt -e '.[server]'."
+        )
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted: run_dir=... resume=true continues a run.")
         sys.exit(130)
+
+
+def _fail(sentence: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(sentence)}", soft_wrap=True)
+    sys.exit(2)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -497,3 +497,11 @@ def test_one_failing_part_of_a_sweep_leaves_the_others(tmp_path, tiny_overrides,
     assert "1 of the sweep's 2 runs failed" in text
     assert is_picture(root / "curve.png")
     assert "needs the sweep" in refused(capsys, "simulate", "-m", *kept, "seed=1,2", "resume=true")
+
+
+def test_a_device_without_the_servers_packages_is_told_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.delitem(sys.modules, "server.configuration", raising=False)
+    sentence = refused(capsys, "config")
+    assert "needs hydra" in sentence
+    assert "'.[server]'" in sentence
