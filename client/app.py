@@ -18,10 +18,10 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import nn
 
-from client.local_data import local_data, simulated_partition
+from client.local_data import local_data
+from client.node import OUT_OF_MEMORY, NodeFacts
 from fedsmooth_core import wire
 from fedsmooth_core.config import TrainingPlan, from_flat
-from fedsmooth_core.device import choose_device
 from fedsmooth_core.errors import ConfigError, FedSmoothError
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.training import local_train
@@ -31,14 +31,14 @@ app = ClientApp()
 
 @app.query()
 def describe(message: Message, context: Context) -> Message:
-    """Tell the server which partition this node is; a real device has none."""
+    """Tell the server which partition this node says it is; most have none to say."""
     try:
-        partition = simulated_partition(context.node_config)
+        facts = NodeFacts.read(context.node_config)
     except FedSmoothError as error:
         return _refusal(error, message)
     answer = ConfigRecord()
-    if partition is not None:
-        answer[wire.PARTITION_ID], answer[wire.NUM_PARTITIONS] = partition
+    if facts.partition is not None:
+        answer[wire.PARTITION_ID], answer[wire.NUM_PARTITIONS] = facts.partition
     return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
 
 
@@ -48,20 +48,23 @@ def train(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     try:
         task = _read(message)
-        device = choose_device(str(context.node_config.get(wire.DEVICE, "auto")))
-        data = local_data(
-            context.node_config, task.plan, task.spec, task.class_names, task.client, device
-        )
+        facts = NodeFacts.read(context.node_config)
+        device = facts.prepare()
+        data = local_data(facts, task.plan, task.spec, task.class_names, task.client, device)
         model = _load_model(task.spec, message.content.array_records[wire.ARRAYS], device)
-        result = local_train(model, data, task.plan, task.server_round, task.client)
+        set_up = time.perf_counter()
+        result = local_train(model, data, task.plan, task.server_round, task.client, facts.limits)
     except FedSmoothError as error:
         return _refusal(error, message)
+    except torch.OutOfMemoryError:
+        return _refusal(ConfigError(OUT_OF_MEMORY), message)
     metrics = MetricRecord(
         {
             wire.NUM_EXAMPLES: data.num_examples,
             wire.TRAIN_LOSS: result.loss,
             wire.TRAIN_ACCURACY: result.accuracy,
-            wire.TRAIN_SECONDS: time.perf_counter() - started,
+            wire.SETUP_SECONDS: set_up - started,
+            wire.TRAIN_SECONDS: time.perf_counter() - set_up,
         }
     )
     arrays = ArrayRecord(model.state_dict())

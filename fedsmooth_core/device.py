@@ -1,5 +1,7 @@
 """Choose the accelerator that a process computes on."""
 
+import re
+
 import torch
 
 from fedsmooth_core.errors import ConfigError
@@ -13,12 +15,21 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f"device={name!r} is unknown: allowed are auto, cpu, cuda and cuda:K.")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device={name!r} asks for CUDA, but PyTorch finds no CUDA device here: take device=cpu, "
             "or install a driver and a CUDA build of PyTorch."
+        )
+    if (
+        device.index is not None
+        and device.type == "cuda"
+        and device.index >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"device={name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices, "
+            "counted from 0."
         )
     return device

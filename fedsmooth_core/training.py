@@ -1,14 +1,17 @@
 """LocalTrain: what one client does in one round (the paper's Algorithm, client side)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsmooth_core.attack import smoothadv_attack
 from fedsmooth_core.config import TrainingPlan
 from fedsmooth_core.data import ClientData, training_batches
+from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import make_estimator
 from fedsmooth_core.seeding import Purpose, torch_generator
 from fedsmooth_core.smoothing import draw_noise, log_smoothed_probability, noisy_logits
@@ -25,6 +28,17 @@ class LocalMetrics:
     """Share of noisy adversarial copies that the model in training classified correctly."""
 
 
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What one device can do: facts of the machine, which change no hyper-parameter."""
+
+    max_batch: int | None = None
+    """Largest number of images (an image's m noisy copies count m) in one forward and backward pass;
+    None passes a whole mini-batch at once. Dividing one changes the result by rounding alone."""
+    bf16: bool = False
+    """Compute in bfloat16 where PyTorch's autocast does; weights and their updates stay float32."""
+
+
 def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. 2: the batch mean of J = -log G(x)_y, from logits (m, B, classes)."""
     return -log_smoothed_probability(logits, labels).mean()
@@ -35,11 +49,17 @@ def copies_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(logits.shape[0]))
 
 
+_NO_LIMITS = DeviceLimits()
 LOSSES = {"smoothed": smoothed_loss, "cross_entropy": copies_cross_entropy}
 
 
 def local_train(
-    model: nn.Module, data: ClientData, plan: TrainingPlan, server_round: int, client: int
+    model: nn.Module,
+    data: ClientData,
+    plan: TrainingPlan,
+    server_round: int,
+    client: int,
+    limits: DeviceLimits = _NO_LIMITS,
 ) -> LocalMetrics:
     """Train ``model`` in place: E mini-batches of SmoothAdv, SGD.
 
@@ -52,9 +72,14 @@ def local_train(
         plan: hyper-parameters, federation-wide.
         server_round: >= 1.
         client: the client's stable number (its partition).
+        limits: what fits on this device.
 
     Returns:
         Mean loss and accuracy over the round.
+
+    Raises:
+        DataError: when there is no sample.
+        ConfigError: when the model cannot be trained within the limits.
     """
     device = data.images.device
     batch_stream = torch_generator(
@@ -82,19 +107,63 @@ def local_train(
         plan.dataset.flip,
         plan.dataset.crop_padding,
     )
+    part_size = _part_size(model, min(config.batch_size, len(data)), plan, limits)
+    classifier = _InBfloat16(model) if limits.bf16 else model
     model.train()
     for x, labels in batches:
         noise = draw_noise(x, smoothing.sigma, smoothing.num_noise_vectors, noise_stream)
-        x_adv = smoothadv_attack(model, x, labels, noise, estimator, plan.attack)
-        logits = noisy_logits(model, x_adv, noise)  # the attack's own noise once more
-        loss = loss_function(logits, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in _parts(len(x), part_size):
+            share = len(x[part]) / len(x)
+            x_adv = smoothadv_attack(
+                classifier, x[part], labels[part], noise[:, part], estimator, plan.attack
+            )
+            logits = noisy_logits(
+                classifier, x_adv, noise[:, part]
+            )  # the attack's own noise once more
+            loss = loss_function(logits, labels[part]) * share
+            loss.backward()
+            # Kept on the device: one copy to the host a round, not two a step.
+            total_loss += loss.detach()
+            total_accuracy += (logits.detach().argmax(-1) == labels[part]).float().mean() * share
         optimizer.step()
-        # Kept on the device: one copy to the host a round, not two a step.
-        total_loss += loss.detach()
-        total_accuracy += (logits.detach().argmax(-1) == labels).float().mean()
     return LocalMetrics(
         loss=total_loss.item() / config.local_steps,
         accuracy=total_accuracy.item() / config.local_steps,
     )
+
+
+def _part_size(model: nn.Module, batch_size: int, plan: TrainingPlan, limits: DeviceLimits) -> int:
+    """Return how many images of a mini-batch go through the model together."""
+    copies = plan.smoothing.num_noise_vectors if plan.smoothing.sigma > 0 else 1
+    if limits.max_batch is None or limits.max_batch >= batch_size * copies:
+        return batch_size
+    if limits.max_batch < copies:
+        raise ConfigError(
+            f"max-batch={limits.max_batch} has no room for the {copies} noisy copies of one image: this "
+            f"device needs max-batch={copies} or more to take part."
+        )
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ConfigError(
+            f"max-batch={limits.max_batch} would divide a mini-batch, but {plan.model.name} has batch "
+            f"normalisation over all of it: this device needs max-batch={batch_size * copies} or more."
+        )
+    return limits.max_batch // copies
+
+
+def _parts(batch_size: int, part_size: int) -> Iterator[slice]:
+    for start in range(0, batch_size, part_size):
+        yield slice(start, start + part_size)
+
+
+class _InBfloat16(nn.Module):
+    """The same model with the same weights, computed in bfloat16; its logits are float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits: Tensor = self.model(x)
+        return logits.float()

@@ -18,11 +18,16 @@ SPEC_PREFIX = "spec."
 # Keys of a device's own node configuration, and of its answer to the server's query
 NUM_PARTITIONS = "num-partitions"
 DATA_PATH = "data-path"
+DATASET_ROOT = "dataset-root"
 DEVICE = "device"
+THREADS = "threads"
+MAX_BATCH = "max-batch"
+BF16 = "bf16"
 
 # Metrics of a train reply
 NUM_EXAMPLES = "num-examples"
 TRAIN_LOSS = "train-loss"
 TRAIN_ACCURACY = "train-accuracy"
+SETUP_SECONDS = "setup-seconds"  # reading the message, finding the data, loading the weights
 TRAIN_SECONDS = "train-seconds"
-TRAIN_METRICS = frozenset({NUM_EXAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, TRAIN_SECONDS})
+TRAIN_METRICS = frozenset({NUM_EXAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, SETUP_SECONDS, TRAIN_SECONDS})

@@ -5,7 +5,7 @@ process for every message, and a data set that is already cached needs none of t
 """
 
 from fedsmooth_core.data.batches import ClientData, augment, training_batches
-from fedsmooth_core.data.datasets import dataset_names, load_dataset
+from fedsmooth_core.data.datasets import dataset_names, load_dataset, load_device_folder
 from fedsmooth_core.data.info import ArrayDataset, DatasetInfo
 from fedsmooth_core.data.partition import client_indices
 
@@ -17,5 +17,6 @@ __all__ = [
     "client_indices",
     "dataset_names",
     "load_dataset",
+    "load_device_folder",
     "training_batches",
 ]

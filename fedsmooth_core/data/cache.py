@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedsmooth_core.data.info import SPLITS, ArrayDataset, DatasetInfo, Images
+from fedsmooth_core.data.info import ArrayDataset, DatasetInfo, Images
 from fedsmooth_core.data.source import Decoded, Source
 from fedsmooth_core.errors import DataError
 
@@ -135,7 +135,7 @@ def _array_file(folder: Path, split: str, kind: str) -> Path:
 def _describe(name: str, decoded: Decoded) -> DatasetInfo:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([name, decoded.class_names, decoded.max_value]).encode())
-    for split in SPLITS:
+    for split in decoded.splits:
         for array in decoded.splits[split]:
             digest.update(json.dumps([split, array.shape]).encode())
             digest.update(np.ascontiguousarray(array).data)

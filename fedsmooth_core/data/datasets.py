@@ -1,6 +1,10 @@
 """The registry of data sets, and the one call that opens one of them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from fedsmooth_core.config import DatasetConfig
 from fedsmooth_core.data.cache import open_cached
@@ -9,7 +13,7 @@ from fedsmooth_core.data.imagefolder import ImageFolder
 from fedsmooth_core.data.info import SPLITS, ArrayDataset
 from fedsmooth_core.data.source import Source
 from fedsmooth_core.data.torchvision_source import TORCHVISION_NAMES, TorchvisionSource
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import ConfigError, DataError
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -31,6 +35,35 @@ def load_dataset(config: DatasetConfig, split: str) -> ArrayDataset:
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} is not part of a data set: allowed are train, test.")
     return open_cached(config.name, _source(config), split)
+
+
+def load_device_folder(
+    folder: str, image_size: int | None, class_names: Sequence[str]
+) -> ArrayDataset:
+    """Open a device's own images, ``train/<class>/*``, with the labels of its federation.
+
+    A device may lack some of the classes; label k is ``class_names[k]`` all the same. Cached as
+    :func:`load_dataset` does.
+
+    Args:
+        folder: what holds train/.
+        image_size: side in pixels that images are resized to; None keeps their one native size.
+        class_names: the federation's.
+
+    Raises:
+        DataError: for a class that the federation does not know, or images that cannot be read.
+    """
+    root = Path(folder).expanduser().absolute()
+    own = open_cached("device", ImageFolder(root, image_size, splits=("train",)), "train")
+    unknown = [name for name in own.info.class_names if name not in class_names]
+    if unknown:
+        raise DataError(
+            f"{folder} has the classes {', '.join(own.info.class_names)}, but the federation's are "
+            f"{', '.join(class_names)}: rename or remove {', '.join(unknown)} in train/."
+        )
+    label_of = np.array([class_names.index(name) for name in own.info.class_names], dtype=np.int64)
+    info = replace(own.info, class_names=tuple(class_names))
+    return ArrayDataset(info, "train", own.images, label_of[own.labels])
 
 
 def _source(config: DatasetConfig) -> Source:

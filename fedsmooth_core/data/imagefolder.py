@@ -25,17 +25,25 @@ class ImageFolder:
     """RGB images of one size; hidden files and files that are no images are passed over.
 
     Classes are numbered by their folders' names in ascending order, samples follow (class, name).
+
+    Args:
+        root: what holds a folder for each of ``splits``.
+        image_size: side in pixels that images are resized to; None keeps their one native size.
+        splits: a device has training images alone, and may have a single class.
     """
 
-    def __init__(self, root: Path, image_size: int | None) -> None:
+    def __init__(
+        self, root: Path, image_size: int | None, splits: tuple[str, ...] = SPLITS
+    ) -> None:
         self._root = root
         self._image_size = image_size
+        self._splits = splits
 
     def state(self) -> str:
-        return self._state(_scan(self._root))
+        return self._state(_scan(self._root, self._splits))
 
     def decode(self) -> Decoded:
-        listing = _scan(self._root)
+        listing = _scan(self._root, self._splits)
         class_names = tuple(listing["train"])
         paths = {
             split: [
@@ -55,7 +63,7 @@ class ImageFolder:
                     _decode_all(paths[split], size, resize=self._image_size is not None),
                     _labels(listing[split]),
                 )
-                for split in SPLITS
+                for split in self._splits
             },
         )
 
@@ -70,15 +78,13 @@ class ImageFolder:
         return width, height
 
 
-def _scan(root: Path) -> _Listing:
+def _scan(root: Path, splits: tuple[str, ...]) -> _Listing:
     listing: _Listing = {}
-    for split in SPLITS:
+    for split in splits:
         folder = root / split
         if not folder.is_dir():
-            raise DataError(
-                f"{folder} is missing: dataset.root={root} must hold folders of images "
-                "train/<class>/ and test/<class>/."
-            )
+            wanted = " and ".join(f"{split}/<class>/" for split in splits)
+            raise DataError(f"{folder} is missing: {root} must hold folders of images {wanted}.")
         with _listed(folder) as entries:
             names = sorted(entry.name for entry in entries if _is_class_folder(entry))
         if not names:
@@ -87,6 +93,8 @@ def _scan(root: Path) -> _Listing:
                 f"{folder / '<class>'}."
             )
         listing[split] = {name: _scan_class(folder / name) for name in names}
+    if "test" not in splits:
+        return listing
     _check_same_classes(root, listing)
     if len(listing["train"]) < 2:
         raise DataError(f"{root} holds one class alone: a classifier needs two or more.")
@@ -126,8 +134,7 @@ def _scan_class(folder: Path) -> list[tuple[str, int, int]]:
                 files.append((entry.name, stat.st_size, stat.st_mtime_ns))
     if not files:
         raise DataError(
-            f"{folder} holds no image ({', '.join(_SUFFIXES)}): add one, or remove the class from "
-            "both train and test."
+            f"{folder} holds no image ({', '.join(_SUFFIXES)}): add one, or remove the class."
         )
     return sorted(files)
 

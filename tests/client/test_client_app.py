@@ -128,13 +128,36 @@ def test_the_query_of_a_real_device_is_answered_without_a_partition():
     assert dict(reply.content["config"]) == {}
 
 
+def test_a_node_that_says_nothing_tells_the_server_so_and_trains_on_what_it_is_given():
+    assert dict(answer(RecordDict(), {}, MessageType.QUERY).content["config"]) == {}
+    given = answer(question(), {"device": "cpu"}).content["arrays"].to_torch_state_dict()
+    named = answer(question()).content["arrays"].to_torch_state_dict()
+    assert all(torch.equal(given[name], named[name]) for name in named)
+
+
+def test_a_small_device_divides_its_mini_batches():
+    whole = answer(question()).content["arrays"].to_torch_state_dict()
+    parts = answer(question(), SIMULATED | {"max-batch": 6}).content["arrays"].to_torch_state_dict()
+    torch.testing.assert_close(parts, whole)
+    assert any(not torch.equal(parts[name], whole[name]) for name in whole)
+
+
 # --- what it refuses
 
 
 @pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
-def test_a_node_without_data_answers_with_the_sentence_alone(kind):
+def test_a_hyper_parameter_in_the_node_configuration_is_answered_with_a_sentence(kind):
     content = question() if kind == MessageType.TRAIN else RecordDict()
-    assert "neither a partition nor a data path" in sentence(answer(content, {}, kind))
+    reason = sentence(answer(content, SIMULATED | {"sigma": 0.1}, kind))
+    assert "hyper-parameters come from the server alone" in reason
+
+
+def test_a_device_out_of_memory_says_what_to_lower(monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(client.app, "local_train", too_large)
+    assert "set a smaller max-batch" in sentence(answer(question()))
 
 
 def test_other_classes_than_the_federations_are_answered_with_a_sentence(tmp_path):

@@ -1,14 +1,17 @@
 """A device's own facts: which partition it is, or where its images are."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from client.local_data import local_data, simulated_partition
+from client.local_data import local_data
+from client.node import NodeFacts
 from fedsmooth_core.config import DatasetConfig, PartitionConfig, TrainingPlan
 from fedsmooth_core.data import client_indices, load_dataset
-from fedsmooth_core.errors import ConfigError, DataError
+from fedsmooth_core.errors import DataError
 from fedsmooth_core.models import ModelSpec
 
 CPU = torch.device("cpu")
@@ -41,83 +44,110 @@ def refusal(kind, function, *args):
     return message
 
 
-def test_a_simulated_client_says_which_partition_it_is():
-    assert simulated_partition({"partition-id": 3, "num-partitions": 10}) == (3, 10)
-    assert simulated_partition({"partition-id": 0, "num-partitions": 1, "device": "cpu"}) == (0, 1)
+def partitioned_plan():
+    return TrainingPlan(seed=3, partition=PartitionConfig(num_clients=4, samples_per_client=50))
 
 
-def test_a_real_device_is_no_partition():
-    assert simulated_partition({"data-path": "/data"}) is None
-
-
-def test_neither_a_partition_nor_a_path_is_refused():
-    message = refusal(ConfigError, simulated_partition, {"device": "cpu"})
-    assert "neither a partition nor a data path" in message
-    assert "'partition-id=K num-partitions=N'" in message
-
-
-@pytest.mark.parametrize(
-    "partition",
-    [{"partition-id": 0, "num-partitions": 2}, {"partition-id": 0}, {"num-partitions": 2}],
-)
-def test_both_a_partition_and_a_path_are_refused(partition):
-    message = refusal(ConfigError, simulated_partition, {"data-path": "/data"} | partition)
-    assert "both a partition and a data path" in message
-
-
-@pytest.mark.parametrize(
-    ("partition", "total"),
-    [(-1, 4), (4, 4), (5, 4), (0, 0), ("0", 4), (0, "4"), (1.0, 4), (None, 4), (0, None)],
-)
-def test_what_is_no_partition_is_refused_with_its_values(partition, total):
-    given = {"partition-id": partition, "num-partitions": total}
-    config = {key: value for key, value in given.items() if value is not None}
-    message = refusal(ConfigError, simulated_partition, config)
-    assert f"partition-id={partition} and num-partitions={total} are no partition" in message
-    assert "0 <= partition-id < num-partitions" in message
-
-
-def test_a_simulated_client_holds_its_partition_of_the_plans_data_set():
-    plan = TrainingPlan(seed=3, partition=PartitionConfig(num_clients=4, samples_per_client=50))
+def assert_holds_partition(data, plan, number):
     train = load_dataset(plan.dataset, "train")
-    for number in (0, 3):
-        node = {"partition-id": number, "num-partitions": 4}
-        data = local_data(node, plan, DIGITS, train.info.class_names, number, CPU)
-        indices = client_indices(train.labels, plan.partition, 3, number)
-        assert np.array_equal(data.images.numpy(), train.images[indices])
-        assert np.array_equal(data.labels.numpy(), train.labels[indices])
-        assert data.max_value == 16
+    indices = client_indices(train.labels, plan.partition, 3, number)
+    assert np.array_equal(data.images.numpy(), train.images[indices])
+    assert np.array_equal(data.labels.numpy(), train.labels[indices])
+    assert data.max_value == 16
+
+
+TEN = [str(k) for k in range(10)]
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_simulated_client_holds_its_partition_of_the_plans_data_set(number):
+    plan = partitioned_plan()
+    data = local_data(NodeFacts(partition=(number, 4)), plan, DIGITS, TEN, number, CPU)
+    assert_holds_partition(data, plan, number)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_node_that_says_nothing_holds_the_partition_it_was_given(number):
+    plan = partitioned_plan()
+    data = local_data(NodeFacts(), plan, DIGITS, TEN, number, CPU)
+    assert_holds_partition(data, plan, number)
+
+
+def test_a_partition_of_its_own_goes_before_the_one_it_was_given():
+    plan = partitioned_plan()
+    data = local_data(NodeFacts(partition=(1, 4)), plan, DIGITS, TEN, 3, CPU)
+    assert_holds_partition(data, plan, 1)
+
+
+def test_a_machine_keeps_the_federations_data_set_where_it_likes(tmp_path):
+    write_images(tmp_path / "here")
+    there = DatasetConfig(name="imagefolder", root="/not/on/this/machine")
+    plan = TrainingPlan(dataset=there, partition=PartitionConfig(num_clients=2))
+    facts = NodeFacts(dataset_root=str(tmp_path / "here"))
+    data = local_data(facts, plan, SPEC, ["cat", "dog"], 1, CPU)
+    assert data.num_examples == 4
+
+
+def test_a_machine_whose_copy_is_another_data_set_is_refused(tmp_path):
+    write_images(tmp_path / "here", classes=("ant", "bee"))
+    there = DatasetConfig(name="imagefolder", root="/not/on/this/machine")
+    plan = TrainingPlan(dataset=there, partition=PartitionConfig(num_clients=2))
+    facts = NodeFacts(dataset_root=str(tmp_path / "here"))
+    message = refusal(DataError, local_data, facts, plan, SPEC, ["cat", "dog"], 1, CPU)
+    assert "ant, bee" in message
+    assert "set dataset-root" in message
+
+
+def own(folder):
+    return NodeFacts(data_path=str(folder))
 
 
 def test_a_real_device_holds_its_own_folder_whatever_the_plans_data_set(tmp_path):
     folder = write_images(tmp_path / "own")
-    node = {"data-path": str(folder)}
-    data = local_data(node, TrainingPlan(), SPEC, ["cat", "dog"], 7, CPU)
-    own = DatasetConfig(name="imagefolder", root=str(folder))
-    assert np.array_equal(data.images.numpy(), load_dataset(own, "train").images)
+    data = local_data(own(folder), TrainingPlan(), SPEC, ["cat", "dog"], 7, CPU)
+    same = DatasetConfig(name="imagefolder", root=str(folder))
+    assert np.array_equal(data.images.numpy(), load_dataset(same, "train").images)
     assert data.labels.tolist() == [0] * 4 + [1] * 4
     assert data.num_examples == 8
 
 
-@pytest.mark.parametrize("federation", [["dog", "cat"], ["cat"], ["cat", "dog", "eel"], ["0", "1"]])
-def test_other_classes_than_the_federations_are_refused(tmp_path, federation):
-    """The same names in another order would be other labels."""
+def test_a_label_means_the_same_class_on_every_device(tmp_path):
     folder = write_images(tmp_path / "own")
-    node = {"data-path": str(folder)}
-    message = refusal(DataError, local_data, node, TrainingPlan(), SPEC, federation, 0, CPU)
+    data = local_data(own(folder), TrainingPlan(), SPEC, ["dog", "eel", "cat"], 0, CPU)
+    assert data.labels.tolist() == [2] * 4 + [0] * 4
+
+
+def test_a_device_needs_no_test_images(tmp_path):
+    folder = write_images(tmp_path / "own")
+    shutil.rmtree(folder / "test")
+    data = local_data(own(folder), TrainingPlan(), SPEC, ["cat", "dog"], 0, CPU)
+    assert data.num_examples == 8
+
+
+def test_a_device_may_have_a_single_class(tmp_path):
+    folder = write_images(tmp_path / "own", classes=("dog",))
+    data = local_data(own(folder), TrainingPlan(), SPEC, ["cat", "dog"], 0, CPU)
+    assert data.labels.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("federation", [["cat"], ["0", "1"], ["Cat", "dog"]])
+def test_a_class_that_the_federation_does_not_know_is_refused(tmp_path, federation):
+    folder = write_images(tmp_path / "own")
+    message = refusal(DataError, local_data, own(folder), TrainingPlan(), SPEC, federation, 0, CPU)
     assert f"{folder} has the classes cat, dog" in message
     assert f"the federation's are {', '.join(federation)}" in message
 
 
 def test_images_that_the_model_does_not_take_are_refused(tmp_path):
     folder = write_images(tmp_path / "own", size=10)
-    node = {"data-path": str(folder)}
-    message = refusal(DataError, local_data, node, TrainingPlan(), SPEC, ["cat", "dog"], 0, CPU)
+    classes = ["cat", "dog"]
+    message = refusal(DataError, local_data, own(folder), TrainingPlan(), SPEC, classes, 0, CPU)
     assert "(3, 10, 10)" in message
     assert "(3, 8, 8)" in message
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    node = {"data-path": str(tmp_path / "nowhere")}
+    node = own(tmp_path / "nowhere")
     message = refusal(DataError, local_data, node, TrainingPlan(), SPEC, ["cat", "dog"], 0, CPU)
     assert str(tmp_path / "nowhere") in message
+    assert "test/" not in message

@@ -16,9 +16,16 @@ from fedsmooth_core.config import (
     TrainingPlan,
 )
 from fedsmooth_core.data import ClientData
+from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import Stochastic
 from fedsmooth_core.models import ModelSpec, build_model
-from fedsmooth_core.training import LOSSES, copies_cross_entropy, local_train, smoothed_loss
+from fedsmooth_core.training import (
+    LOSSES,
+    DeviceLimits,
+    copies_cross_entropy,
+    local_train,
+    smoothed_loss,
+)
 
 PIXELS, CLASSES = 2 * 4 * 4, 3
 ESTIMATORS = [
@@ -305,3 +312,82 @@ def test_it_learns_what_can_be_told_apart(loss, estimator, reduction):
     second = local_train(model, data, plan, 2, 0)
     assert second.loss < first.loss
     assert second.accuracy > 0.95
+
+
+# --- what a device can do
+
+
+class InDouble(ClientData):
+    """Images in float64, so that a difference that is no rounding shows."""
+
+    def batch(self, indices):
+        x, labels = super().batch(indices)
+        return x.double(), labels
+
+
+def in_double(plan, limits):
+    data = make_data()
+    model = make_model().double()
+    metrics = local_train(model, InDouble(data.images, data.labels, 255), plan, 1, 0, limits)
+    return model.state_dict(), metrics
+
+
+@pytest.mark.parametrize("loss", ["smoothed", "cross_entropy"])
+@pytest.mark.parametrize(("estimator", "reduction"), ESTIMATORS)
+@pytest.mark.parametrize("max_batch", [2, 3, 4, 8, 9])
+def test_divided_mini_batches_train_the_same_model(max_batch, estimator, reduction, loss):
+    """5 images of 2 copies: parts of 1, 2 or 4 images, the last one smaller."""
+    attack = {"step_size": 1.0, "estimator": estimator, "variance_reduction": reduction}
+    plan = make_plan(attack=attack, loss=loss, weight_decay=0.01)
+    whole, expected = in_double(plan, DeviceLimits())
+    parts, metrics = in_double(plan, DeviceLimits(max_batch=max_batch))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert metrics.accuracy == pytest.approx(expected.accuracy, rel=1e-5)
+
+
+@pytest.mark.parametrize(("sigma", "copies"), [(0.25, 3), (0.0, 1)])
+def test_no_pass_is_larger_than_what_fits(sigma, copies):
+    model = make_model()
+    calls = record_inputs(model)
+    plan = make_plan(sigma=sigma, num_noise_vectors=3)
+    local_train(model, make_data(), plan, 1, 0, DeviceLimits(max_batch=2 * copies))
+    assert {len(x) for _, x in calls} == {2 * copies, copies}
+
+
+def test_what_fits_whole_is_not_divided():
+    plan = make_plan()
+    model = make_model()
+    local_train(model, make_data(), plan, 1, 0, DeviceLimits(max_batch=10))
+    assert equal(model.state_dict(), state_after(plan))
+
+
+def test_a_device_with_few_samples_need_not_divide_its_smaller_mini_batch():
+    model = nn.Sequential(nn.BatchNorm2d(2), make_model())
+    plan = make_plan(batch_size=100, local_steps=1)
+    local_train(model, make_data(3), plan, 1, 0, DeviceLimits(max_batch=6))
+
+
+def test_batch_normalisation_cannot_be_divided():
+    model = nn.Sequential(nn.BatchNorm2d(2), make_model())
+    with pytest.raises(ConfigError, match=r"batch normalisation.*max-batch=10 or more"):
+        local_train(model, make_data(), make_plan(), 1, 0, DeviceLimits(max_batch=9))
+
+
+def test_one_image_and_its_copies_must_fit():
+    plan = make_plan(num_noise_vectors=4)
+    with pytest.raises(ConfigError, match="max-batch=3 has no room for the 4 noisy copies"):
+        local_train(make_model(), make_data(), plan, 1, 0, DeviceLimits(max_batch=3))
+
+
+@pytest.mark.parametrize("estimator", ["stochastic", "one_point"])
+def test_bfloat16_is_near_and_leaves_float32_weights(estimator):
+    attack = {"step_size": 1.0, "estimator": estimator}
+    plan = make_plan(attack=attack)
+    model = make_model()
+    metrics = local_train(model, make_data(), plan, 1, 0, DeviceLimits(bf16=True))
+    expected = state_after(plan)
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert not equal(model.state_dict(), expected)
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0.1, atol=0.02)
+    assert math.isfinite(metrics.loss)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fedsmooth_core.config import DatasetConfig
 from fedsmooth_core.data import cache as cache_module
-from fedsmooth_core.data import dataset_names, load_dataset
+from fedsmooth_core.data import dataset_names, load_dataset, load_device_folder
 from fedsmooth_core.data.imagefolder import ImageFolder
 from fedsmooth_core.errors import ConfigError, DataError
 
@@ -320,6 +320,29 @@ def test_root_left_at_its_default():
     with pytest.raises(ConfigError) as error:
         load_dataset(DatasetConfig(name="imagefolder"), "train")
     assert "dataset.root" in one_sentence(error)
+
+
+# --- a device's own folder
+
+
+def test_a_devices_folder_is_found_again_in_the_cache_and_follows_its_images(tmp_path, cache):
+    write_folder(tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "test")
+    first = load_device_folder(str(tmp_path / "own"), None, ["cat", "dog"])
+    again = load_device_folder(str(tmp_path / "own"), None, ["dog", "eel", "cat"])
+    assert len(entries(cache)) == 1
+    assert np.array_equal(first.images, again.images)
+    assert again.info.class_names == ("dog", "eel", "cat")
+    (tmp_path / "own" / "train" / "cat" / "0.png").unlink()
+    assert len(load_device_folder(str(tmp_path / "own"), None, ["cat", "dog"])) == len(first) - 1
+
+
+def test_a_device_and_a_server_on_one_folder_do_not_meet_in_the_cache(tmp_path):
+    write_folder(tmp_path)
+    own = load_device_folder(str(tmp_path), None, ["cat", "dog"])
+    config = imagefolder(tmp_path)
+    assert np.array_equal(load_dataset(config, "train").images, own.images)
+    assert len(load_dataset(config, "test")) > 0
 
 
 # --- torchvision
