@@ -1,4 +1,4 @@
-"""FedAvg's aggregation: the sample-weighted mean of the clients' models."""
+"""FedAvg's aggregation: the sample-weighted mean of the clients' models, and clipping before it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,6 +59,45 @@ def weighted_mean(states: Iterable[State], weights: Sequence[float]) -> dict[str
     if next(remaining, None) is not None:
         raise ValueError(f"there are more than {len(weights)} states for as many weights.")
     return {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
+
+
+@torch.no_grad()
+def clip_update(state: State, old: State, max_norm: float) -> tuple[dict[str, Tensor], bool]:
+    """Shorten a client's update theta_k - theta to an l2 norm of at most ``max_norm``.
+
+    The norm is over all floating-point tensors together. Integer tensors are left as they are.
+
+    Args:
+        state: theta_k, the client's state.
+        old: theta, the global state it started from; equal names, shapes and dtypes.
+        max_norm: > 0.
+
+    Returns:
+        The state of the shortened update, and whether it was too long.
+    """
+    norm = update_norm(state, old)
+    if norm <= max_norm:
+        return dict(state), False
+    share = max_norm / norm
+    clipped = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            start = old[name].double()
+            tensor = start.lerp(tensor.double(), share).to(tensor.dtype)
+        clipped[name] = tensor
+    return clipped, True
+
+
+@torch.no_grad()
+def update_norm(new: State, old: State) -> float:
+    """Return the l2 distance of two models, over their floating-point tensors."""
+    squares = [
+        (new[name].double() - old[name].double()).square().sum().item()
+        for name in new
+        if new[name].is_floating_point()
+    ]
+    # Exact, so that it does not depend on the order in which a file keeps the tensors.
+    return math.sqrt(math.fsum(squares))
 
 
 def _accumulator(tensor: Tensor) -> Tensor:

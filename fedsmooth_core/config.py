@@ -257,23 +257,55 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True)
 class FederationConfig(Section):
-    """The server's side: rounds, cohorts, what a reply may be, how often a checkpoint is written."""
+    """The server's side: rounds, cohorts, what a round needs, and who is left out of it."""
 
     SECTION = "federation"
     num_rounds: int = setting(30, at_least(1))
     """Rounds of the run."""
     cohort_fraction: float = setting(0.5, above_up_to(0, 1))
     """Share of the clients sampled in a round (at least one client)."""
-    checkpoint_every: int = setting(5, at_least(1))
-    """Rounds between two checkpoints; the last round always has one."""
+    over_selection: float = setting(0.0, within(0, 10))
+    """Clients sampled beyond the cohort, as a share of it, in place of those that fail. The round then
+    takes the replies that come first, so its model depends on who is fast."""
+    quorum: float = setting(0.5, above_up_to(0, 1))
+    """Share of the cohort whose good replies a round needs (at least one); with fewer it is tried again."""
+    deadline_seconds: float = setting(3600.0, above(0))
+    """A client that has not answered by then is left out of the attempt."""
+    attempts: int = setting(3, at_least(1))
+    """How often a round is tried, each time with a new cohort, before it is over with the old model."""
+    strikes: int = setting(3, at_least(1))
+    """Refused replies, silence included, after which a client is left out for a while."""
+    suspension_rounds: int = setting(10, at_least(0))
+    """How many rounds it is left out for."""
+    checkpoint_every: int = setting(1, at_least(1))
+    """Rounds between two checkpoints; a resumed run repeats the rounds after its last one."""
     max_num_examples: int | None = setting(None, at_least(1))
     """A reply that claims more training samples than this is refused, for one client could outweigh all
     others; null takes the size of the server's own training set."""
-    reply_timeout_seconds: float = setting(3600.0, above(0))
-    """A client that has not answered by then is left out of the round."""
     connect_timeout_seconds: float = setting(300.0, above(0))
-    """How long the server waits for all of ``partition.num_clients`` before the first round, and for
-    any one of them before a later round."""
+    """How long the server waits for all of ``partition.num_clients`` before the first round (then it goes
+    on with a quorum), and for a quorum before any round (then the run ends, and can be resumed)."""
+
+
+@dataclass(frozen=True)
+class AggregationConfig(Section):
+    """How the replies of a round become the new model, and what one client may do to it."""
+
+    SECTION = "aggregation"
+    rule: str = setting("fedavg", one_of("fedavg", "median", "trimmed_mean", "krum"))
+    """``fedavg``: the sample-weighted mean. The others are Flower's, for cohorts with clients that lie;
+    median and trimmed mean weigh all clients alike, Krum takes one client's model."""
+    max_update_norm: float | None = setting(None, above(0))
+    """l2 norm that a client's update is clipped to before anything is averaged; null clips nothing."""
+    trimmed_fraction: float = setting(0.2, from_below(0, 0.5))
+    """Share of the replies that the trimmed mean drops at either end, in each coordinate."""
+    num_malicious: int = setting(1, at_least(0))
+    """f, the lying clients of a cohort that Krum is to withstand; it needs 2 f + 3 replies."""
+
+    @property
+    def num_needed(self) -> int:
+        """Replies without which the rule promises nothing."""
+        return 2 * self.num_malicious + 3 if self.rule == "krum" else 1
 
 
 @dataclass(frozen=True)
@@ -363,6 +395,7 @@ class RunConfig(TrainingPlan):
     resume: bool = False
     """Continue the interrupted run in ``run_dir`` after its last checkpoint."""
     federation: FederationConfig = FederationConfig()
+    aggregation: AggregationConfig = AggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     certification: CertificationConfig = CertificationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -375,6 +408,13 @@ class RunConfig(TrainingPlan):
             raise ConfigError(
                 "smoothing.sigma=0 leaves nothing to certify with: set certification.sigma > 0 "
                 "or certification.at_end=false."
+            )
+
+        if self.cohort_size < self.aggregation.num_needed:
+            raise ConfigError(
+                f"aggregation.rule=krum needs {self.aggregation.num_needed} replies to withstand "
+                f"aggregation.num_malicious={self.aggregation.num_malicious}, but a cohort has "
+                f"{self.cohort_size} clients: raise federation.cohort_fraction or partition.num_clients."
             )
 
     @property
@@ -393,6 +433,12 @@ class RunConfig(TrainingPlan):
     def cohort_size(self) -> int:
         """Clients sampled in a round: the fraction of all clients, at least one."""
         return max(1, round(self.federation.cohort_fraction * self.partition.num_clients))
+
+    @property
+    def quorum_size(self) -> int:
+        """Good replies that a round needs: the quorum's share, and what the aggregation rule needs."""
+        share = math.ceil(self.federation.quorum * self.cohort_size)
+        return max(share, self.aggregation.num_needed)
 
 
 SectionT = TypeVar("SectionT", bound=Section)

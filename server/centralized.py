@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 
 from fedsmooth_core import wire
+from fedsmooth_core.aggregation import update_norm
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.data import ClientData
 from fedsmooth_core.errors import TrainingError
 from fedsmooth_core.models import build_model
 from fedsmooth_core.training import local_train
 from server.finish import certify_run
-from server.recorder import Observer, Recorder, TrainedRound, state_distance
+from server.recorder import Observer, Recorder, TrainedRound
 from server.run_directory import RunDirectory
 
 _POOL = 0  # the number that the one trainer's random streams carry
@@ -59,9 +60,11 @@ def _train(recorder: Recorder) -> None:
             state = model.state_dict()
             trained = TrainedRound(
                 cohort=[_POOL],
+                aggregated=[_POOL],
+                attempts=1,
                 metrics={wire.TRAIN_LOSS: result.loss, wire.TRAIN_ACCURACY: result.accuracy},
                 num_examples=data.num_examples,
-                update_norm=state_distance(state, before),
+                update_norm=update_norm(state, before),
                 seconds={"train": time.perf_counter() - started},
             )
             recorder.round_finished(server_round, state, trained)

@@ -33,6 +33,11 @@ _FREE_ON_RESUME = (
     "runtime",
     "certification",
     "federation.num_rounds",
+    "federation.deadline_seconds",
+    "federation.connect_timeout_seconds",
+    "federation.quorum",
+    "federation.attempts",
+    "federation.over_selection",
     "dataset.root",
 )
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import TrainingError
+from server.conduct import Conduct
 from server.finish import certify_run
 from server.recorder import Observer, Recorder
+from server.roster import Roster
 from server.run_directory import RunDirectory
 from server.strategy import SmoothAdvFedAvg
 
@@ -32,32 +34,32 @@ def run_federation(
 
 
 def _train(recorder: Recorder, grid: Grid) -> None:
-    config, completed = recorder.config, recorder.completed_rounds
-    remaining = config.federation.num_rounds - completed
-    if remaining > 0:
-        names, size = recorder.train_set.info.class_names, len(recorder.train_set)
-        max_num_examples = config.federation.max_num_examples or size
-        strategy = SmoothAdvFedAvg(config, recorder.spec, names, max_num_examples, completed)
-
-        def record(loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            # Flower calls this before the first round too, as round 0 of its own loop.
-            if loop_round > 0:
-                state = arrays.to_torch_state_dict()
-                recorder.round_finished(loop_round + completed, state, strategy.trained)
-            return None
-
-        with recorder:
-            strategy.start(
-                grid=grid,
-                initial_arrays=ArrayRecord(recorder.state),
-                num_rounds=remaining,
-                timeout=config.federation.reply_timeout_seconds,
-                evaluate_fn=record,
-            )
-    rounds = recorder.run.read_metrics()
+    config, run = recorder.config, recorder.run
+    strategy = _strategy(recorder)
+    arrays = ArrayRecord(recorder.state)
+    with recorder:
+        for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
+            arrays = strategy.train_round(server_round, arrays, grid, recorder)
+            recorder.round_finished(server_round, arrays.to_torch_state_dict(), strategy.trained)
+    rounds = run.read_metrics()
     if rounds and not any(line.get("num_examples") for line in rounds):
         reasons = [refusal["reason"] for line in rounds for refusal in line.get("refused", [])]
         raise TrainingError(
-            f"No client's reply could be used in any of {len(rounds)} rounds, so the model is untrained "
-            f"and not certified; the last reason was: {reasons[-1] if reasons else 'no reply'}."
+            f"No round of {len(rounds)} had enough good replies, so the model is untrained and not "
+            f"certified; the last reason was: {reasons[-1] if reasons else 'no reply'}."
         )
+
+
+def _strategy(recorder: Recorder) -> SmoothAdvFedAvg:
+    config, run = recorder.config, recorder.run
+    names, size = recorder.train_set.info.class_names, len(recorder.train_set)
+    roster = Roster(config.partition.num_clients, run.read_clients(), run.write_clients)
+    conduct = Conduct(config.federation.strikes, config.federation.suspension_rounds)
+    # A resumed run leaves out whom the interrupted one would have left out, and waits for as many.
+    rounds = run.read_metrics()
+    conduct.replay(rounds)
+    num_awaited = rounds[-1]["num_connected"] if rounds else config.partition.num_clients
+    max_num_examples = config.federation.max_num_examples or size
+    return SmoothAdvFedAvg(
+        config, recorder.spec, names, max_num_examples, roster, conduct, num_awaited
+    )

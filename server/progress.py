@@ -16,7 +16,7 @@ from rich.progress import (
 
 from fedsmooth_core import wire
 from fedsmooth_core.config import RunConfig
-from server.recorder import RoundRecord
+from server.recorder import RoundRecord, TrainedRound
 from server.run_directory import RunDirectory
 
 _LOG_SECONDS = 10.0
@@ -79,6 +79,10 @@ class TrainingProgress:
             )
             self._clients = self._bars.add_task("Clients", total=config.cohort_size, note="")
 
+    def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
+        if self._bars is not None:
+            self._bars.reset(self._clients, total=len(trained.cohort))
+
     def client_done(self) -> None:
         if self._bars is not None and self._bars.tasks:
             self._bars.update(self._clients, advance=1)
@@ -90,12 +94,15 @@ class TrainingProgress:
                 soft_wrap=True,
                 markup=False,  # the reason may hold whatever a client wrote
             )
+        if not record.trained.aggregated:
+            self._console.print(
+                f"Round {record.server_round}: too few good replies, so the model is kept as it was."
+            )
         if record.evaluation:
             clean, noisy = (record.evaluation[f"{kind}-accuracy"] for kind in ("clean", "noisy"))
             self._last = f"test accuracy {clean:.1%} clean, {noisy:.1%} noisy"
         if self._bars is not None:
             self._bars.update(self._rounds, advance=1, note=self._last)
-            self._bars.reset(self._clients)
         elif record.evaluation or time.monotonic() - self._printed > _LOG_SECONDS:
             self._printed = time.monotonic()
             loss = record.trained.metrics.get(wire.TRAIN_LOSS, float("nan"))

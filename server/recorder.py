@@ -1,6 +1,5 @@
 """What happens after every round: evaluate, write the checkpoint, tell the observers."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,24 +32,27 @@ class TrainedRound:
     """What one round of training did."""
 
     cohort: list[int] = field(default_factory=list)
+    """The clients that were asked, in the last attempt."""
+    aggregated: list[int] = field(default_factory=list)
+    """Those whose replies make the new model; none of them when the old model was kept."""
     refused: list[Refusal] = field(default_factory=list)
+    """Replies, silence included, that the round went on without, over all its attempts."""
+    late: list[Refusal] = field(default_factory=list)
+    """Replies to earlier rounds that came during this one, and were dropped."""
+    suspended: list[int] = field(default_factory=list)
+    """Clients that were left out for what they did in earlier rounds."""
+    num_connected: int = 0
+    attempts: int = 0
+    num_clipped: int = 0
+    """Replies whose update was longer than ``aggregation.max_update_norm``."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Example-weighted means of what the clients report."""
     num_examples: int = 0
     update_norm: float = 0.0
     """l2 norm of the change of all floating-point weights."""
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def state_distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
-    """Return the l2 distance of two models, over their floating-point tensors."""
-    squares = [
-        (new[name].double() - old[name].double()).square().sum().item()
-        for name in new
-        if new[name].is_floating_point()
-    ]
-    # Exact, so that it does not depend on the order in which a file keeps the tensors.
-    return math.sqrt(math.fsum(squares))
+    """By phase: ``connect`` (waiting for clients), ``train`` (from the questions to the last reply),
+    ``slowest_client`` (the part of it that the slowest good client worked), ``aggregate``, ``evaluate``."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Observer(Protocol):
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
         """Rounds ``completed_rounds + 1`` and on are about to come."""
+
+    def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
+        """The clients of a round's next attempt have been chosen and are about to be asked."""
 
     def round_finished(self, record: RoundRecord) -> None:
         """A round is over, its checkpoint (if due) on disk."""
@@ -165,6 +170,11 @@ class Recorder:
             self._save(server_round, state)
         for observer in self._observers:
             observer.round_finished(record)
+
+    def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
+        """Tell the observers whom an attempt asks."""
+        for observer in self._observers:
+            observer.cohort_asked(server_round, trained)
 
     def __enter__(self) -> Self:
         """Begin the rounds: observers hear of it, and of their end however it comes."""

@@ -14,6 +14,15 @@ from fedsmooth_core.models import NORMALISATION
 _SERIALIZATION = "numpy.ndarray"  # NumPy's own format, which is read without unpickling
 
 
+_REASON_LENGTH = 500  # of what a client may have written
+
+
+def readable(reason: str) -> str:
+    """Return whatever text a client wrote as one short line without a terminal's control characters."""
+    letters = "".join(letter if letter.isprintable() else " " for letter in reason.rstrip(".\n"))
+    return " ".join(letters.split())[:_REASON_LENGTH]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A reply, or silence, that a round goes on without."""
@@ -61,7 +70,7 @@ def _check_metrics(metrics: MetricRecord, max_num_examples: int) -> None:
         raise BadReplyError(
             f"{wire.NUM_EXAMPLES}={num_examples!r} is not an integer in [1, {max_num_examples}]"
         )
-    for name in (wire.TRAIN_LOSS, wire.TRAIN_ACCURACY, wire.TRAIN_SECONDS):
+    for name in wire.TRAIN_METRICS:
         if metrics[name] < 0:  # type: ignore[operator]
             raise BadReplyError(f"{name}={metrics[name]!r} is negative")
     if metrics[wire.TRAIN_ACCURACY] > 1:  # type: ignore[operator]

@@ -1,93 +1,162 @@
 """Who is connected: a stable client number for every Flower node."""
 
+import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from logging import INFO, WARNING
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, Metadata, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from fedsmooth_core import wire
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import TrainingError
+from server.exchange import Questions, collect, send
+from server.replies import readable
 
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+_QUESTION_SECONDS = 3600.0  # how long a node may be busy with something else
+_ASK_AGAIN_SECONDS = 60.0  # whoever runs a refused device may have mended it
 
 
 class Roster:
-    """Maps client numbers to Flower node ids, by asking each new node once.
+    """Maps client numbers to Flower node ids, by asking each new node who it is.
 
-    A node that has a ``partition-id`` is the client of that number; a node without one (a real device
-    with its own data) gets the smallest free number, in order of node ids, and keeps it while known. A
-    node that comes back under another id takes its partition again once the old one is gone.
+    A node that has a ``partition-id`` is the client of that number. Any other node (a real device with its
+    own data, one of many equal containers) is given a number, and keeps it for as long as its id is known:
+    a free number that no node ever had, or else the smallest that belongs to a node that is gone.
+
+    Args:
+        num_clients: numbers run from 0 to ``num_clients - 1``.
+        remembered: {client: node id}, as an interrupted run left it.
+        remember: called with {client: node id} of all nodes known whenever that changes.
     """
 
-    def __init__(self, num_clients: int) -> None:
+    def __init__(
+        self,
+        num_clients: int,
+        remembered: Mapping[int, int] | None = None,
+        remember: Callable[[dict[int, int]], None] = lambda clients: None,
+    ) -> None:
         self.num_clients = num_clients
-        self._client_of: dict[int, int] = {}
-        self._refused: set[int] = set()
+        self._client_of = {node: client for client, node in (remembered or {}).items()}
+        self._remember = remember
+        self._says: dict[int, int | None] = {}
+        self._questions: Questions = {}
+        self._refused: dict[int, tuple[str, float]] = {}
 
-    def wait(self, grid: Grid, num_wanted: int, timeout: float) -> dict[int, int]:
+    def wait(self, grid: Grid, num_wanted: int, num_needed: int, timeout: float) -> dict[int, int]:
         """Return {client: node id} of all that are connected, once they are ``num_wanted``.
 
+        After ``timeout`` seconds ``num_needed`` will do.
+
         Raises:
-            ConfigError: when they are not within ``timeout`` seconds, or a node belongs to a
-                federation of another size.
+            TrainingError: when not even those are there then.
         """
         end = time.monotonic() + timeout
+        said = -1
         while len(nodes := self.refresh(grid)) < num_wanted:
             if time.monotonic() > end:
-                raise ConfigError(
-                    f"Only {len(nodes)} of {num_wanted} clients connected within {timeout:g} "
-                    "seconds: start the missing ones, or set partition.num_clients or "
-                    "federation.connect_timeout_seconds."
+                if len(nodes) >= num_needed:
+                    break
+                reasons = {reason for reason, _ in self._refused.values()}
+                also = f" Nodes were refused: {'; '.join(sorted(reasons))}." if reasons else ""
+                raise TrainingError(
+                    f"Only {len(nodes)} of the {num_needed} clients that a round needs connected within "
+                    f"{timeout:g} seconds: start the missing ones, or set partition.num_clients, "
+                    f"federation.quorum or federation.connect_timeout_seconds.{also}"
                 )
-            log(INFO, "Waiting for clients: %d of %d connected.", len(nodes), num_wanted)
+            if len(nodes) != said:
+                said = len(nodes)
+                log(INFO, "Waiting for clients: %d of %d connected.", said, num_wanted)
             time.sleep(_POLL_SECONDS)
         return nodes
 
     def refresh(self, grid: Grid) -> dict[int, int]:
-        """Return {client: node id} of the nodes that are connected now."""
-        connected = list(grid.get_node_ids())
-        known = self._client_of.keys() | self._refused
-        unknown = [node for node in connected if node not in known]
-        if unknown:
-            self._introduce(unknown, connected, grid)
-        return {self._client_of[node]: node for node in connected if node in self._client_of}
+        """Return {client: node id} of the nodes that are connected now and have said who they are."""
+        connected = set(grid.get_node_ids())
+        # A node that left may come back as something else: it is asked again.
+        self._says = {node: said for node, said in self._says.items() if node in connected}
+        patience = time.monotonic() - _ASK_AGAIN_SECONDS
+        not_asked = connected - self._says.keys()
+        not_asked -= {question.dst_node_id for question in self._questions.values()}
+        not_asked -= {node for node, (_, since) in self._refused.items() if since > patience}
+        self._questions |= send(
+            grid,
+            [
+                Message(RecordDict(), node, MessageType.QUERY, ttl=_QUESTION_SECONDS)
+                for node in sorted(not_asked)
+            ],
+        )
+        collect(grid, self._questions, self._note)
+        before = dict(self._client_of)
+        self._seat_partitions()
+        self._hand_out_numbers(connected)
+        if self._client_of != before:
+            self._remember({client: node for node, client in self._client_of.items()})
+        return {
+            client: node
+            for node, client in self._client_of.items()
+            if node in self._says and node in connected
+        }
 
-    def _introduce(self, nodes: Iterable[int], connected: Collection[int], grid: Grid) -> None:
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        without_number = []
-        for reply in grid.send_and_receive(questions, timeout=60):
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                self._refuse(node, str(reply.error.reason))
-                continue
+    def client_of(self, node: int) -> int | None:
+        """Return the number of a node, which may be gone by now."""
+        return self._client_of.get(node)
+
+    def _note(self, question: Metadata, reply: Message | Error) -> None:
+        """Take down what a node says it is, after checking that it can be."""
+        node = question.dst_node_id
+        if isinstance(reply, Error):
+            self._refuse(node, reply.reason or f"Flower's error {reply.code}")
+        elif reply.has_error():
+            # What Flower makes up for a lost node has another source; the node is asked again.
+            if reply.metadata.src_node_id == node:
+                self._refuse(node, reply.error.reason or f"Flower's error {reply.error.code}")
+        else:
             answer = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
             partition, total = answer.get(wire.PARTITION_ID), answer.get(wire.NUM_PARTITIONS)
             if partition is None:
-                without_number.append(node)
+                self._says[node] = None
             elif total != self.num_clients:
-                raise ConfigError(
-                    f"The connected nodes are {total!r} partitions, but partition.num_clients="
-                    f"{self.num_clients}: start {self.num_clients} nodes (Flower's simulation: "
-                    f"--federation-config 'num-supernodes={self.num_clients}') or set "
-                    f"partition.num_clients={total!r}."
+                self._refuse(
+                    node,
+                    f"it is one of {total!r} partitions, but partition.num_clients={self.num_clients}: "
+                    f"start {self.num_clients} nodes (in Flower's simulation: --federation-config "
+                    f"'num-supernodes={self.num_clients}') or set partition.num_clients={total!r}",
                 )
             elif not isinstance(partition, int) or not 0 <= partition < self.num_clients:
                 self._refuse(node, f"its {wire.PARTITION_ID}={partition!r} is no partition")
-            elif any(self._client_of.get(other) == partition for other in connected):
-                self._refuse(node, f"{wire.PARTITION_ID}={partition!r} is another node's already")
             else:
-                gone = [other for other, client in self._client_of.items() if client == partition]
-                for other in gone:
-                    del self._client_of[other]
-                self._client_of[node] = partition
-        taken = set(self._client_of.values())
-        free = (number for number in range(self.num_clients) if number not in taken)
-        for node, number in zip(sorted(without_number), free, strict=False):
+                self._says[node] = partition
+
+    def _seat_partitions(self) -> None:
+        """Give every node with a partition of its own that number, whoever had it."""
+        for node, partition in sorted(self._says.items()):
+            if partition is None or self._client_of.get(node) == partition:
+                continue
+            holders = [other for other, client in self._client_of.items() if client == partition]
+            if any(self._says.get(other) == partition for other in holders):
+                del self._says[node]
+                self._refuse(node, f"{wire.PARTITION_ID}={partition!r} is another node's already")
+                continue
+            for other in holders:
+                del self._client_of[other]
+            self._client_of[node] = partition
+
+    def _hand_out_numbers(self, connected: Collection[int]) -> None:
+        """Give every other node a number, as long as there is one."""
+        for node in sorted(self._says.keys() - self._client_of.keys()):
+            node_of = {client: other for other, client in self._client_of.items()}
+            never_used = (k for k in range(self.num_clients) if k not in node_of)
+            of_the_gone = (k for k, other in sorted(node_of.items()) if other not in connected)
+            number = next(itertools.chain(never_used, of_the_gone), None)
+            if number is None:
+                return
+            self._client_of.pop(node_of.get(number, -1), None)
             self._client_of[node] = number
 
     def _refuse(self, node: int, reason: str) -> None:
-        log(WARNING, "Node %d is left out: %s", node, reason)
-        self._refused.add(node)
+        reason = readable(reason)
+        log(WARNING, "Node %d is left out: %s.", node, reason)
+        self._refused[node] = (reason, time.monotonic())

@@ -25,6 +25,7 @@ CERTIFICATION = "certification"
 
 _CONFIG = "config.yaml"
 _SESSIONS = "sessions.jsonl"
+_CLIENTS = "clients.json"
 _PACKAGES = ("fed-smoothadv", "flwr", "torch", "torchvision", "numpy", "scipy", "safetensors")
 
 
@@ -114,6 +115,20 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rounds so far; a line that a crash cut short is left out."""
         return _read_lines(self.metrics)
+
+    def read_clients(self) -> dict[int, int]:
+        """Return {client number: Flower node id}, as far as an earlier process knew them."""
+        try:
+            known = json.loads((self.path / _CLIENTS).read_bytes())
+            return {int(client): int(node) for client, node in known.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            # Written atomically, so damage is not ours; numbers are then handed out anew.
+            return {}
+
+    def write_clients(self, clients: Mapping[int, int]) -> None:
+        """Remember which node has which client number."""
+        text = json.dumps({str(client): node for client, node in sorted(clients.items())})
+        write_atomically(self.path / _CLIENTS, text.encode())
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop the lines of rounds that a resumed run will do again."""

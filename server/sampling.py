@@ -5,13 +5,16 @@ from collections.abc import Iterable
 from fedsmooth_core.seeding import Purpose, numpy_generator
 
 
-def sample_cohort(clients: Iterable[int], size: int, seed: int, server_round: int) -> list[int]:
-    """Draw ``size`` distinct clients (all of them if there are fewer), in ascending order.
+def sample_cohort(
+    clients: Iterable[int], size: int, seed: int, server_round: int, attempt: int = 1
+) -> list[int]:
+    """Draw ``size`` distinct clients (all of them if there are fewer), in random order.
 
-    The draw depends on (seed, server_round) and the set of client numbers alone: Flower's node ids
-    are random and its own sampling is unseeded, so neither would give the same cohorts twice.
+    The draw depends on (seed, server_round, attempt) and the set of client numbers alone: Flower's node
+    ids are random and its own sampling is unseeded, so neither would give the same cohorts twice.
     """
     ordered = sorted(clients)
-    stream = numpy_generator(seed, Purpose.COHORT, server_round)
+    retry = [attempt] if attempt > 1 else []
+    stream = numpy_generator(seed, Purpose.COHORT, server_round, *retry)
     chosen = stream.choice(len(ordered), size=min(size, len(ordered)), replace=False)
-    return sorted(ordered[position] for position in chosen)
+    return [ordered[position] for position in chosen]

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import NamedTuple
 
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
+    Error,
     Message,
     MessageType,
     Metadata,
@@ -19,22 +21,41 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fedsmooth_core import wire
-from fedsmooth_core.aggregation import weighted_mean
+from fedsmooth_core.aggregation import update_norm
 from fedsmooth_core.config import RunConfig, to_flat
 from fedsmooth_core.models import ModelSpec
-from server.recorder import TrainedRound, state_distance
-from server.replies import BadReplyError, Refusal, read_reply
+from server.conduct import Conduct
+from server.exchange import Exchange
+from server.recorder import Recorder, TrainedRound
+from server.replies import BadReplyError, Refusal, read_reply, readable
+from server.robust import Aggregator
 from server.roster import Roster
 from server.sampling import sample_cohort
 
-_REASON_LENGTH = 500  # of what a client may have written
+# A message lives this much longer than the round's deadline: a device's clock may be wrong by as much,
+# and Flower has the device count down.
+_CLOCK_TOLERANCE_SECONDS = 300.0
+
+
+class _GoodReply(NamedTuple):
+    message: Message
+    state: dict[str, Tensor]
+    metrics: MetricRecord
 
 
 class SmoothAdvFedAvg(FedAvg):
     """theta = sum_k (n_k / n) theta_k over the sampled cohort (McMahan et al. 2017).
 
-    Flower's ``start`` loop drives it; the loop counts from 1, so a resumed run says how many rounds
-    are behind it. ``trained`` describes the round that was aggregated last.
+    ``train_round`` is the server's round: it asks cohorts until a quorum of good replies is in. Flower's
+    own ``start`` loop drives the same hooks, without the quorum's second attempts.
+
+    Args:
+        max_num_examples: what a reply may claim at most.
+        num_awaited: clients to wait for before the first round, so that cohorts are drawn from the same
+            clients in every runtime; later a quorum will do.
+
+    Attributes:
+        trained: what the current round, or the last one, did.
     """
 
     def __init__(
@@ -43,62 +64,135 @@ class SmoothAdvFedAvg(FedAvg):
         spec: ModelSpec,
         class_names: Sequence[str],
         max_num_examples: int,
-        completed_rounds: int = 0,
+        roster: Roster,
+        conduct: Conduct,
+        num_awaited: int,
     ) -> None:
         super().__init__()
         self.config = config
-        self.completed_rounds = completed_rounds
         self.trained = TrainedRound()
-        self._roster = Roster(config.partition.num_clients)
+        self._roster = roster
+        self._conduct = conduct
+        self._num_awaited = num_awaited
+        self._aggregate = Aggregator(config.aggregation)
+        self._exchange = Exchange(self._receive_late)
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
         self._facts.update(to_flat(config.plan, wire.PLAN_PREFIX))
         self._facts.update(to_flat(spec, wire.SPEC_PREFIX))
         self._max_num_examples = max_num_examples
+        self._round = 0
         self._global: Mapping[str, Tensor] = {}
-        self._sent: list[tuple[Metadata, int]] = []
-        self._started = 0.0
+        self._asked: dict[int, Metadata] = {}
+        self._good: dict[int, _GoodReply] = {}
+        self._sent_at = 0.0
 
     def summary(self) -> None:
         """Log what is averaged over whom."""
         log(
             INFO,
-            "\t└──> %d of %d clients a round, seed %d, %d rounds done",
+            "\t└──> %d of %d clients a round, %d good replies needed, seed %d",
             self.config.cohort_size,
             self.config.partition.num_clients,
+            self.config.quorum_size,
             self.config.seed,
-            self.completed_rounds,
         )
+
+    def train_round(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, recorder: Recorder
+    ) -> ArrayRecord:
+        """Return the model after a round: the aggregate, or the old one if no attempt met the quorum.
+
+        Raises:
+            TrainingError: when too few clients are connected for a quorum.
+        """
+        for attempt in range(1, self.config.federation.attempts + 1):
+            messages = self.configure_train(server_round, arrays, ConfigRecord(), grid)
+            recorder.cohort_asked(server_round, self.trained)
+            self._exchange.ask(
+                grid,
+                messages,
+                self.config.federation.deadline_seconds,
+                self._receive,
+                self._has_enough,
+            )
+            new, _ = self.aggregate_train(server_round, [])
+            if new is not None:
+                return new
+            log(
+                WARNING,
+                "Round %d, attempt %d of %d: %d good replies, but %d are needed; the model is kept.",
+                server_round,
+                attempt,
+                self.config.federation.attempts,
+                len(self._good),
+                self.config.quorum_size,
+            )
+        return arrays
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample S_t and send each of its clients the model, the plan and its number."""
-        self._started = time.perf_counter()
-        current = server_round + self.completed_rounds
-        # All of them at first, so that cohorts are drawn from the same clients in every runtime;
-        # later a round goes on with those that are left.
-        num_wanted = 1 if self.trained.cohort else self.config.partition.num_clients
+        if server_round != self._round:
+            self._round, self.trained = server_round, TrainedRound()
+        self.trained.attempts += 1
+        nodes = self._connected(grid)
+        candidates = self._candidates(nodes)
+        extra = round(self.config.federation.over_selection * self.config.cohort_size)
+        cohort = sample_cohort(
+            candidates,
+            self.config.cohort_size + extra,
+            self.config.seed,
+            server_round,
+            self.trained.attempts,
+        )
+        self.trained.cohort = sorted(cohort)
+        self._global, self._good, self._asked = arrays.to_torch_state_dict(), {}, {}
+        messages = []
+        for client in cohort:
+            facts = ConfigRecord({wire.SERVER_ROUND: server_round, wire.PARTITION_ID: client})
+            facts.update(self._facts)
+            message = Message(
+                RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts}),
+                nodes[client],
+                MessageType.TRAIN,
+                ttl=self.config.federation.deadline_seconds + _CLOCK_TOLERANCE_SECONDS,
+                group_id=str(server_round),
+            )
+            messages.append(message)
+            # Flower sets a message's id when it is sent: the metadata object is kept, not a copy.
+            self._asked[client] = message.metadata
+        self._sent_at = time.perf_counter()
+        return messages
+
+    def _connected(self, grid: Grid) -> dict[int, int]:
+        """Return {client: node}, after waiting for all clients at first, and for a quorum later."""
+        started = time.perf_counter()
+        # Late answers say who is free again.
+        self._exchange.collect_late(grid)
+        needed = self.config.quorum_size
         timeout = self.config.federation.connect_timeout_seconds
-        nodes = self._roster.wait(grid, num_wanted, timeout)
+        nodes = self._roster.wait(grid, max(self._num_awaited, needed), needed, timeout)
+        self._num_awaited = 0
+        self.trained.num_connected = len(nodes)
         if len(nodes) < self.config.partition.num_clients:
             missing = sorted(set(range(self.config.partition.num_clients)) - nodes.keys())
             log(WARNING, "Not connected and hence not sampled: clients %s.", missing)
-        cohort = sample_cohort(nodes, self.config.cohort_size, self.config.seed, current)
-        self.trained = TrainedRound(cohort)
-        self._global = arrays.to_torch_state_dict()
-        messages = []
-        for client in cohort:
-            facts = ConfigRecord({wire.SERVER_ROUND: current, wire.PARTITION_ID: client})
-            facts.update(self._facts)
-            content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts})
-            messages.append(
-                Message(content, nodes[client], MessageType.TRAIN, group_id=str(current))
-            )
-        # Flower sets a message's id when it is sent: the metadata object is kept, not a copy.
-        self._sent = [
-            (message.metadata, client) for message, client in zip(messages, cohort, strict=True)
-        ]
-        return messages
+        waited = time.perf_counter() - started
+        self.trained.seconds["connect"] = self.trained.seconds.get("connect", 0.0) + waited
+        return nodes
+
+    def _candidates(self, nodes: Mapping[int, int]) -> set[int]:
+        """Return who may be sampled: failed, busy and suspended clients only where a quorum needs them."""
+        failed = {refusal.client for refusal in self.trained.refused}
+        busy = {c for c, node in nodes.items() if node in self._exchange.busy_nodes}
+        suspended = self._conduct.suspended(self._round)
+        self.trained.suspended = sorted(suspended & nodes.keys())
+        candidates = nodes.keys() - failed - busy - suspended
+        for held_back in (failed - busy - suspended, busy - suspended, suspended):
+            if len(candidates) < self.config.quorum_size:
+                candidates |= held_back & nodes.keys()
+        return candidates
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -109,51 +203,89 @@ class SmoothAdvFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the good replies; name the others. Without a good one the old model is kept."""
-        received = time.perf_counter()
-        accepted = self._accept(replies)
-        for refusal in self.trained.refused:
-            log(WARNING, "Client %d is refused: %s.", refusal.client, refusal.reason)
-        arrays, metrics = None, None
-        if accepted:
-            records = [metrics for _, metrics in accepted]
-            weights = [int(record[wire.NUM_EXAMPLES]) for record in records]  # type: ignore[arg-type]
-            average = weighted_mean([state for state, _ in accepted], weights)
-            metrics = self.train_metrics_aggr_fn(
-                [RecordDict({wire.METRICS: record}) for record in records], wire.NUM_EXAMPLES
-            )
-            self.trained.num_examples = sum(weights)
-            self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
-            self.trained.update_norm = state_distance(average, self._global)
-            arrays = ArrayRecord(average)
-        else:
-            log(WARNING, "No reply of this round can be used: the model is kept as it was.")
-        self.trained.seconds = {
-            "train": received - self._started,
-            "aggregate": time.perf_counter() - received,
-        }
-        return arrays, metrics
+        """Average the good replies; name the others. Without a quorum the old model is kept.
 
-    def _accept(self, replies: Iterable[Message]) -> list[tuple[dict[str, Tensor], MetricRecord]]:
-        """Return the good replies in the cohort's order, so that the sum does not depend on arrival."""
-        # An error that Flower makes up for a lost node does not carry that node's id.
+        ``replies`` are those that Flower's own loop collected; ``train_round`` has handed them in before.
+        """
         by_question = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        accepted = []
-        for metadata, client in self._sent:
-            reply = by_question.get(metadata.message_id)
-            if reply is None:
+        for question in list(self._asked.values()):
+            # An error that Flower makes up for a lost node does not carry that node's id.
+            if question.message_id in by_question:
+                self._receive(question, by_question[question.message_id])
+        received = time.perf_counter()
+        self._add_seconds("train", received - self._sent_at)
+        if not self._has_enough():
+            for client in sorted(self._asked):
                 self._refuse(client, "no reply came in time")
-            elif reply.has_error():
-                # Whatever text a client sends: one line in the log and in the metrics.
-                self._refuse(client, str(reply.error.reason).rstrip(".\n"))
-            else:
-                try:
-                    accepted.append(read_reply(reply, self._global, self._max_num_examples))
-                except BadReplyError as error:
-                    self._refuse(client, str(error))
-        return accepted
+        if len(self._good) < self.config.quorum_size:
+            return None, None
+        # In the order of client numbers, so that the sum does not depend on arrival.
+        clients = sorted(self._good)
+        good = [self._good[client] for client in clients]
+        weights = [int(reply.metrics[wire.NUM_EXAMPLES]) for reply in good]  # type: ignore[arg-type]
+        new = self._aggregate(
+            self._global,
+            [reply.state for reply in good],
+            weights,
+            [reply.message for reply in good],
+        )
+        metrics = self.train_metrics_aggr_fn(
+            [RecordDict({wire.METRICS: reply.metrics}) for reply in good], wire.NUM_EXAMPLES
+        )
+        self.trained.aggregated = clients
+        self.trained.num_clipped = self._aggregate.num_clipped
+        self.trained.num_examples = sum(weights)
+        self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
+        self.trained.update_norm = update_norm(new, self._global)
+        self.trained.seconds["slowest_client"] = max(
+            float(reply.metrics[wire.SETUP_SECONDS]) + float(reply.metrics[wire.TRAIN_SECONDS])  # type: ignore[arg-type]
+            for reply in good
+        )
+        self._add_seconds("aggregate", time.perf_counter() - received)
+        return ArrayRecord(new), metrics
+
+    def _receive(self, question: Metadata, reply: Message | Error) -> None:
+        """Check one reply to the current attempt."""
+        if self._has_enough():
+            return
+        client = next(c for c, asked in self._asked.items() if asked is question)
+        error = reply if isinstance(reply, Error) else reply.error if reply.has_error() else None
+        if error is not None:
+            self._refuse(client, error.reason or f"Flower's error {error.code}")
+            return
+        assert isinstance(reply, Message)
+        try:
+            state, metrics = read_reply(reply, self._global, self._max_num_examples)
+        except BadReplyError as bad:
+            self._refuse(client, str(bad))
+            return
+        del self._asked[client]
+        self._good[client] = _GoodReply(reply, state, metrics)
+
+    def _receive_late(self, question: Metadata, reply: Message | Error) -> None:
+        """Note an answer that came after its round: it belongs to a model that has moved on."""
+        client = self._roster.client_of(question.dst_node_id)
+        reason = f"its reply to round {question.group_id} came after that was over, and is dropped"
+        if client is not None:
+            log(INFO, "Client %d: %s.", client, reason)
+            self.trained.late.append(Refusal(client, reason))
+
+    def _has_enough(self) -> bool:
+        return len(self._good) >= self.config.cohort_size
 
     def _refuse(self, client: int, reason: str) -> None:
-        # What a client writes may hold control characters of a terminal.
-        readable = "".join(letter if letter.isprintable() else " " for letter in reason)
-        self.trained.refused.append(Refusal(client, " ".join(readable.split())[:_REASON_LENGTH]))
+        refusal = Refusal(client, readable(reason))
+        log(WARNING, "Client %d is refused: %s.", client, refusal.reason)
+        self.trained.refused.append(refusal)
+        del self._asked[client]
+        if self._conduct.note(self._round, client):
+            log(
+                WARNING,
+                "Client %d is left out for %d rounds: it was refused %d times.",
+                client,
+                self._conduct.suspension_rounds,
+                self._conduct.offences[client],
+            )
+
+    def _add_seconds(self, phase: str, seconds: float) -> None:
+        self.trained.seconds[phase] = self.trained.seconds.get(phase, 0.0) + seconds

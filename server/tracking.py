@@ -3,7 +3,7 @@
 from torch.utils.tensorboard import SummaryWriter
 
 from fedsmooth_core.config import RunConfig
-from server.recorder import RoundRecord
+from server.recorder import RoundRecord, TrainedRound
 from server.run_directory import RunDirectory
 
 
@@ -14,6 +14,9 @@ class TensorBoard:
         # A resumed run does rounds again that an earlier process drew already: those are purged.
         self._writer = SummaryWriter(str(run.tensorboard), purge_step=completed_rounds + 1)
 
+    def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
+        """There is no curve to draw before the round is over."""
+
     def round_finished(self, record: RoundRecord) -> None:
         trained = record.trained
         scalars = {f"train/{name.removeprefix('train-')}": v for name, v in trained.metrics.items()}
@@ -21,6 +24,7 @@ class TensorBoard:
         scalars |= {f"seconds/{phase}": value for phase, value in trained.seconds.items()}
         scalars["server/update-norm"] = trained.update_norm
         scalars["server/refused-clients"] = float(len(trained.refused))
+        scalars["server/attempts"] = float(trained.attempts)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.server_round)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsmooth_core.aggregation import weighted_mean
+from fedsmooth_core.aggregation import clip_update, update_norm, weighted_mean
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,3 +160,29 @@ def test_nothing_to_aggregate_is_refused():
 def test_states_of_different_models_are_refused(second, reason):
     with pytest.raises(ValueError, match=reason):
         weighted_mean([{"w": torch.zeros(2)}, second], [1, 1])
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 1e3), st.sampled_from((torch.float64, torch.float32)), st.integers(0, 2**32))
+def test_a_clipped_update_has_the_allowed_length_and_its_old_direction(max_norm, dtype, seed):
+    old, new = make_states(2, (4, 3), dtype, seed)
+    clipped, was_clipped = clip_update(new, old, max_norm)
+    norm = update_norm(new, old)
+    assert was_clipped == (norm > max_norm)
+    assert update_norm(clipped, old) <= min(norm, max_norm) * (1 + 1e-5) + 1e-5
+    if was_clipped:
+        expected = old["w"].double() + (new["w"].double() - old["w"].double()) * max_norm / norm
+        torch.testing.assert_close(clipped["w"], expected.to(dtype), rtol=1e-6, atol=1e-7)
+    else:
+        assert torch.equal(clipped["w"], new["w"])
+
+
+def test_clipping_leaves_counters_and_the_given_states_alone():
+    old = {"w": torch.zeros(2), "n": torch.tensor(3)}
+    new = {"w": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)}
+    clipped, was_clipped = clip_update(new, old, 1.0)
+    assert was_clipped
+    torch.testing.assert_close(clipped["w"], torch.tensor([0.6, 0.8]))
+    assert int(clipped["n"]) == 7
+    assert new["w"].tolist() == [3.0, 4.0]
+    assert update_norm(new, old) == 5.0

@@ -21,7 +21,13 @@ EXPECTED = {
     "bias": torch.zeros(3, dtype=torch.float64),
     "count": torch.tensor(7),
 }
-METRICS = {"num-examples": 40, "train-loss": 1.5, "train-accuracy": 0.5, "train-seconds": 2.0}
+METRICS = {
+    "num-examples": 40,
+    "train-loss": 1.5,
+    "train-accuracy": 0.5,
+    "setup-seconds": 1.0,
+    "train-seconds": 2.0,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -256,7 +262,7 @@ def test_a_pickled_object_is_refused_and_never_unpickled(wrapped, tmp_path):
     assert sprung.exists()
 
 
-@pytest.mark.parametrize("name", ["train-loss", "train-accuracy", "train-seconds"])
+@pytest.mark.parametrize("name", ["train-loss", "train-accuracy", "setup-seconds", "train-seconds"])
 def test_no_metric_is_negative(name):
     assert reason(reply(metrics=METRICS | {name: -1e300})) == f"{name}=-1e+300 is negative"
 

@@ -25,6 +25,7 @@ from fedsmooth_core.certification.rows import read_rows
 from fedsmooth_core.checkpoint import load_checkpoint, load_model, state_sha256
 from fedsmooth_core.config import RunConfig, from_nested, to_nested
 from fedsmooth_core.training import local_train
+from fedsmooth_core.wire import TRAIN_METRICS
 from server.centralized import run_centralized
 from server.configuration import compose
 from server.federation import run_federation
@@ -58,7 +59,7 @@ def without_seconds(lines):
     """Metrics lines but for what a clock says."""
     kept = []
     for line in lines:
-        metrics = {k: v for k, v in line["metrics"].items() if k != "train-seconds"}
+        metrics = {k: v for k, v in line["metrics"].items() if not k.endswith("seconds")}
         kept.append({k: v for k, v in line.items() if k != "seconds"} | {"metrics": metrics})
     return kept
 
@@ -107,13 +108,16 @@ def test_every_round_has_one_line_that_says_what_happened(finished):
     lines = rounds(run)
     assert [line["round"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert line["cohort"] == sample_cohort(range(4), 2, 0, line["round"])
+        assert line["cohort"] == sorted(sample_cohort(range(4), 2, 0, line["round"]))
+        assert line["aggregated"] == line["cohort"]
+        assert (line["attempts"], line["num_connected"]) == (1, 4)
         assert line["refused"] == []
         assert line["num_examples"] == 2 * 40
-        assert set(line["metrics"]) == {"train-loss", "train-accuracy", "train-seconds"}
+        assert set(line["metrics"]) == TRAIN_METRICS - {"num-examples"}
         assert 0 < line["metrics"]["train-loss"] < 10
         assert line["update_norm"] > 0
-        assert set(line["seconds"]) == {"train", "aggregate", "evaluate"}
+        phases = {"connect", "train", "slowest_client", "aggregate", "evaluate"}
+        assert set(line["seconds"]) == phases
         assert 0 <= line["clean-accuracy"] <= 1
         assert 0 <= line["noisy-accuracy"] <= 1
 
@@ -232,15 +236,16 @@ def test_evaluations_and_checkpoints_change_no_weight(finished, tiny, console):
 class Collecting(InProcessGrid):
     """Keeps every client's model of every round."""
 
-    def send_and_receive(self, messages, *, timeout=None):
+    def push_messages(self, messages):
         questions = list(messages)
-        replies = list(super().send_and_receive(questions, timeout=timeout))
-        for question, reply in zip(questions, replies, strict=True):
+        message_ids = super().push_messages(questions)
+        for question, message_id in zip(questions, message_ids, strict=True):
             if question.metadata.message_type == "train":
                 facts = question.content["config"]
                 key = facts["server-round"], facts["partition-id"]
+                reply = self._replies[message_id]
                 self.models[key] = reply.content["arrays"].to_torch_state_dict()
-        return replies
+        return message_ids
 
 
 def client_models(config, console):
@@ -320,7 +325,7 @@ def test_every_ablation_trains_and_certifies_by_configuration_alone(
 
 def test_a_client_that_fails_is_in_the_metrics_and_the_round_goes_on(tiny, console, monkeypatch):
     def failing(*args):
-        if args[-1] == 2:
+        if args[4] == 2:
             raise RuntimeError("[/no] memory")
         return local_train(*args)
 
@@ -345,6 +350,9 @@ class StopAfter:
         self.server_round = server_round
 
     def run_started(self, config, run, completed_rounds):
+        pass
+
+    def cohort_asked(self, server_round, trained):
         pass
 
     def round_finished(self, record):

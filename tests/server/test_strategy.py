@@ -6,17 +6,24 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fixed_clients import (
+    INITIAL,
+    SPEC,
+    SlowGrid,
+    assert_average_of,
+    assert_same,
+    federation,
+    local_model,
+    num_examples,
+    oracle,
+    run,
+)
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import client.app
 from fedsmooth_core.config import (
-    FederationConfig,
-    PartitionConfig,
-    RunConfig,
     TrainingPlan,
     from_flat,
 )
@@ -25,111 +32,7 @@ from server.progress import TrainingProgress
 from server.recorder import RoundRecord, TrainedRound
 from server.replies import Refusal
 from server.sampling import sample_cohort
-from server.simulation import InProcessGrid, quiet_flower
-from server.strategy import SmoothAdvFedAvg
-
-SPEC = ModelSpec("small_cnn", "he", 3, 1, 8, 8)
-INITIAL = {
-    "weight": torch.linspace(-1, 1, 12, dtype=torch.float32).reshape(3, 4),
-    "scale": torch.tensor(0.5, dtype=torch.float64),
-    "batches": torch.tensor(100),
-}
-
-
-def local_model(number, server_round=1):
-    """What client ``number`` makes of any model: values of its own."""
-    generator = torch.Generator().manual_seed(1000 * server_round + number)
-    return {
-        "weight": torch.randn(3, 4, generator=generator),
-        "scale": torch.randn((), generator=generator, dtype=torch.float64),
-        "batches": torch.tensor(100 + 7 * number % 5),
-    }
-
-
-def num_examples(number):
-    return 10 + 37 * number % 101
-
-
-def good_reply(number, server_round=1):
-    metrics = {
-        "num-examples": num_examples(number),
-        "train-loss": float(number),
-        "train-accuracy": 0.5,
-        "train-seconds": 1.0,
-    }
-    arrays = ArrayRecord(local_model(number, server_round))
-    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
-
-
-def federation(num_clients, misbehave=None, **settings):
-    """A strategy and a grid whose clients answer with fixed models, but for those that misbehave.
-
-    Args:
-        misbehave: {client: function from its good reply to what it sends instead}.
-        settings: of the federation.
-    """
-    app = ClientApp()
-    app.query()(client.app.describe)
-    seen = []
-
-    @app.train()
-    def train(message, context):
-        number = context.node_config["partition-id"]
-        seen.append((message, number))
-        server_round = message.content["config"]["server-round"]
-        content = good_reply(number, server_round)
-        content = (misbehave or {}).get(number, lambda same: same)(content)
-        return Message(content, reply_to=message)
-
-    config = RunConfig(
-        partition=PartitionConfig(num_clients=num_clients),
-        federation=FederationConfig(**{"cohort_fraction": 1.0} | settings),
-    )
-    strategy = SmoothAdvFedAvg(config, SPEC, ["a", "b", "c"], max_num_examples=1_000_000)
-    grid = InProcessGrid(num_clients, client_app=app)
-    grid.seen = seen
-    return strategy, grid
-
-
-def run(strategy, grid, num_rounds=1):
-    """Return the global model after some rounds."""
-    quiet_flower()
-    seen = []
-    strategy.start(
-        grid=grid,
-        initial_arrays=ArrayRecord(INITIAL),
-        num_rounds=num_rounds,
-        evaluate_fn=lambda server_round, arrays: seen.append(arrays),
-    )
-    assert len(seen) == 1 + num_rounds
-    return seen[-1].to_torch_state_dict()
-
-
-def oracle(numbers, server_round=1):
-    """sum_k (n_k / n) theta_k in float64 NumPy; counters take the maximum."""
-    weights = np.array([num_examples(k) for k in numbers], np.float64)
-    models = [local_model(k, server_round) for k in numbers]
-    mean = {
-        name: sum(w * m[name].double().numpy() for w, m in zip(weights, models, strict=True))
-        / weights.sum()
-        for name in ("weight", "scale")
-    }
-    return mean | {"batches": max(int(m["batches"]) for m in models)}
-
-
-def assert_average_of(state, numbers, server_round=1):
-    expected = oracle(numbers, server_round)
-    assert {name: value.dtype for name, value in state.items()} == {
-        name: value.dtype for name, value in INITIAL.items()
-    }
-    np.testing.assert_allclose(state["weight"].numpy(), expected["weight"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(state["scale"].numpy(), expected["scale"], rtol=1e-12)
-    assert int(state["batches"]) == expected["batches"]
-
-
-def assert_same(first, second):
-    for name in INITIAL:
-        assert torch.equal(first[name], second[name])
+from server.simulation import InProcessGrid
 
 
 @settings(max_examples=20, deadline=None)
@@ -150,7 +53,11 @@ def test_what_a_round_did_is_recorded():
     assert strategy.trained.metrics["train-loss"] == pytest.approx(expected_loss)
     moved = [(state[name] - INITIAL[name]).double().norm() ** 2 for name in ("weight", "scale")]
     assert strategy.trained.update_norm == pytest.approx(float(sum(moved)) ** 0.5, rel=1e-6)
-    assert set(strategy.trained.seconds) == {"train", "aggregate"}
+    assert strategy.trained.aggregated == [0, 1, 2]
+    assert (strategy.trained.attempts, strategy.trained.num_connected) == (1, 3)
+    phases = {"connect", "train", "slowest_client", "aggregate"}
+    assert set(strategy.trained.seconds) == phases
+    assert strategy.trained.seconds["slowest_client"] == 3.0
 
 
 def test_a_client_is_sent_the_model_the_plan_and_its_number():
@@ -178,22 +85,19 @@ def test_only_the_rounds_cohort_is_asked():
 
 def test_a_resumed_run_goes_on_with_the_cohorts_of_its_own_rounds():
     strategy, grid = federation(10, cohort_fraction=0.3)
-    strategy.completed_rounds = 2
-    run(strategy, grid)
+    run(strategy, grid, first=3)
     assert [number for _, number in grid.seen] == sample_cohort(range(10), 3, 0, 3)
     assert grid.seen[0][0].content["config"]["server-round"] == 3
 
 
 def test_the_order_in_which_replies_arrive_changes_no_bit():
-    class BackwardsGrid(InProcessGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            return list(super().send_and_receive(messages, timeout=timeout))[::-1]
-
     strategy, grid = federation(7)
     expected = run(strategy, grid)
     strategy, grid = federation(7)
-    grid.__class__ = BackwardsGrid
+    grid.__class__ = SlowGrid
+    grid.order = list(range(7))[::-1]
     assert_same(run(strategy, grid), expected)
+    assert strategy.trained.refused == []
 
 
 # --- clients that misbehave
@@ -306,10 +210,11 @@ def test_it_does_not_matter_which_client_is_bad(bad):
 def test_every_kind_of_misbehaviour_at_once_leaves_the_one_good_client():
     kinds = list(MISBEHAVIOUR.values())
     misbehave = {k: how for k, (how, _) in enumerate(kinds)}
-    strategy, grid = federation(len(kinds) + 1, misbehave)
+    strategy, grid = federation(len(kinds) + 1, misbehave, quorum=0.01)
     state = run(strategy, grid)
     assert_same(state, local_model(len(kinds)))
-    assert [refusal.client for refusal in strategy.trained.refused] == list(range(len(kinds)))
+    refused = {refusal.client for refusal in strategy.trained.refused}
+    assert refused == set(range(len(kinds)))
 
 
 def test_the_rounds_after_a_bad_reply_are_as_they_would_be():
@@ -320,7 +225,8 @@ def test_the_rounds_after_a_bad_reply_are_as_they_would_be():
 def test_without_a_good_reply_the_model_is_kept():
     strategy, grid = federation(3, dict.fromkeys(range(3), raising))
     assert_same(run(strategy, grid, num_rounds=2), INITIAL)
-    assert [refusal.client for refusal in strategy.trained.refused] == [0, 1, 2]
+    assert {refusal.client for refusal in strategy.trained.refused} == {0, 1, 2}
+    assert strategy.trained.aggregated == []
     assert strategy.trained.metrics == {}
     assert (strategy.trained.num_examples, strategy.trained.update_norm) == (0, 0.0)
 
@@ -329,8 +235,8 @@ def test_a_silent_client_and_an_error_in_its_name_are_refused():
     """Flower's own error for a lost node comes from node 1 and knows its question alone."""
 
     class LossyGrid(InProcessGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            for reply in super().send_and_receive(messages, timeout=timeout):
+        def pull_messages(self, message_ids):
+            for reply in super().pull_messages(message_ids):
                 train = reply.metadata.message_type == "train"
                 if train and reply.metadata.src_node_id == 2 + 0:
                     continue
@@ -341,10 +247,10 @@ def test_a_silent_client_and_an_error_in_its_name_are_refused():
                     assert reply.metadata.src_node_id == 1
                 yield reply
 
-    strategy, grid = federation(5)
+    strategy, grid = federation(5, deadline_seconds=0.3)
     grid.__class__ = LossyGrid
     assert_average_of(run(strategy, grid), [1, 2, 4])
-    assert strategy.trained.refused == [
+    assert sorted(strategy.trained.refused, key=lambda refusal: refusal.client) == [
         Refusal(0, "no reply came in time"),
         Refusal(3, "node unavailable"),
     ]
