@@ -23,3 +23,15 @@ class CheckpointError(FedSmoothError):
 
 class CertificationError(FedSmoothError):
     """A certification cannot start, continue, or be read back."""
+
+
+class NodeError(FedSmoothError):
+    """A device cannot join its federation, or is no member any more."""
+
+
+class KeyFileError(FedSmoothError):
+    """A file is not the kind of key that a device is known by."""
+
+
+class EnrolmentError(FedSmoothError):
+    """A device cannot be enrolled or revoked."""

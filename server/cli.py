@@ -55,9 +55,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser()
     options, rest = commands.parse_known_args(arguments)
     # argparse itself takes positional arguments in one run only.
-    if any(word.startswith("-") for word in rest):
+    if any(word.startswith("-") for word in rest) or (rest and "more" not in options):
         commands.error(f"unrecognized arguments: {' '.join(rest)}")
-    getattr(options, options.more).extend(rest)
+    if rest:
+        getattr(options, options.more).extend(rest)
     return options
 
 
@@ -107,7 +108,38 @@ def parser() -> argparse.ArgumentParser:
     partition = command("partition", _partition, "Show what each client holds.")
     partition.add_argument("-o", "--output", type=Path, default=Path(), help="folder for pictures")
     overrides(partition)
+    join = command("join", _join, "Take part in a federation with this device until stopped.")
+    join.add_argument("--server", required=True, metavar="HOST:PORT", help="where to join")
+    join.add_argument(
+        "--root-certificates",
+        type=Path,
+        metavar="FILE",
+        help="the server's ca.crt; else the system's",
+    )
+    join.add_argument("--key", type=Path, metavar="FILE", help="this device's enrolled private key")
+    join.add_argument(
+        "--insecure", action="store_true", help="without TLS: for tests on one machine"
+    )
+    join.add_argument(
+        "--node-config",
+        default="",
+        metavar="FACTS",
+        help="facts of this device, e.g. 'data-path=\"/data/images\" threads=2'",
+    )
+    join.add_argument("--port", type=int, help="loopback port of this device's own (a free one)")
+    enroll = command("enroll", _enroll, "Let a device take part; without a name, list them.")
+    enroll.add_argument("name", nargs="?", help="what the device is called from now on")
+    enroll.add_argument("--public-key", type=Path, help="the device's .pub file")
+    enroll.add_argument("-o", "--output", type=Path, help="folder to make a new key pair in")
+    _superlink_option(enroll)
+    revoke = command("revoke", _revoke, "Take a device's key off the list, for good.")
+    revoke.add_argument("name")
+    _superlink_option(revoke)
     return fedsmooth
+
+
+def _superlink_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--superlink", help="name of a connection in Flower's config.toml")
 
 
 def _simulate(options: argparse.Namespace, console: Console) -> None:
@@ -199,3 +231,48 @@ def _partition(options: argparse.Namespace, console: Console) -> None:
 
     for picture in report_partition(compose(options.overrides), options.output):
         console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
+
+
+def _join(options: argparse.Namespace, console: Console) -> None:
+    from client.commands import join
+
+    join(options, console)
+
+
+def _enroll(options: argparse.Namespace, console: Console) -> None:
+    from server.enrolment import make_key, register
+
+    if options.name is None:
+        _list_devices(options, console)
+        return
+    if (options.public_key is None) == (options.output is None):
+        _fail(
+            "Give the device's public key with --public-key FILE, or -o FOLDER to make a key pair there."
+        )
+    public_key = options.public_key
+    if options.output is not None:
+        private = make_key(options.output, options.name)
+        public_key = private.with_name(f"{private.name}.pub")
+        console.print(f"Key for the device, and for nobody else: {private}", soft_wrap=True)
+    new = register(public_key, options.name, options.superlink)
+    console.print(f"{options.name} is enrolled{'' if new else ' already'}.", markup=False)
+
+
+def _list_devices(options: argparse.Namespace, console: Console) -> None:
+    from rich.table import Table
+
+    from server.enrolment import enrolled
+
+    table = Table("device", "status", "node id")
+    for device in enrolled(options.superlink):
+        status = "revoked" if device.revoked else device.status
+        table.add_row(escape(device.name), escape(status), str(device.node_id))
+    console.print(table)
+
+
+def _revoke(options: argparse.Namespace, console: Console) -> None:
+    from server.enrolment import revoke
+
+    new = revoke(options.name, options.superlink)
+    text = "is revoked: its node has to leave, and that key is never taken again"
+    console.print(f"{options.name} {text if new else 'was revoked before'}.", markup=False)
