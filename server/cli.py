@@ -135,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     revoke = command("revoke", _revoke, "Take a device's key off the list, for good.")
     revoke.add_argument("name")
     _superlink_option(revoke)
+    invite = command("invite", _invite, "Write what a device needs to check itself and to join.")
+    invite.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder of the joining kit"
+    )
+    invite.add_argument("--root-certificates", type=Path, help="the ca.crt to put beside it")
+    overrides(invite)
     return fedsmooth
 
 
@@ -268,6 +274,14 @@ def _list_devices(options: argparse.Namespace, console: Console) -> None:
         status = "revoked" if device.revoked else device.status
         table.add_row(escape(device.name), escape(status), str(device.node_id))
     console.print(table)
+
+
+def _invite(options: argparse.Namespace, console: Console) -> None:
+    from server.configuration import compose
+    from server.invitation import invite
+
+    for path in invite(compose(options.overrides), options.output, options.root_certificates):
+        console.print(f"For the devices: {path}", soft_wrap=True, markup=False)
 
 
 def _revoke(options: argparse.Namespace, console: Console) -> None:

@@ -106,10 +106,7 @@ class Recorder:
         self.train_set: ArrayDataset = load_dataset(config.dataset, "train")
         self.test_set: ArrayDataset = load_dataset(config.dataset, "test")
         info = self.train_set.info
-        channels, height, width = info.shape
-        self.spec = ModelSpec(
-            config.model.name, config.model.init, info.num_classes, channels, height, width
-        )
+        self.spec = ModelSpec.of(config.model, info)
         stream = torch_generator(config.seed, Purpose.MODEL_INIT)
         model = build_model(self.spec, info.mean, info.std, stream)
         self._evaluate = Evaluator(config, self.spec, self.test_set, self.device)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedsmooth_core.config import Section, at_least
+from fedsmooth_core.config import ModelConfig, Section, at_least
+from fedsmooth_core.data import DatasetInfo
 from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.models.initialisation import drawing_from, initialise
 from fedsmooth_core.models.normalisation import Normalise
@@ -28,6 +29,12 @@ class ModelSpec(Section):
     """Image height in pixels."""
     width: int = field(metadata={"allowed": at_least(1)})
     """Image width in pixels."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, images: DatasetInfo) -> "ModelSpec":
+        """Return the specification of the configured architecture for a data set's images."""
+        channels, height, width = images.shape
+        return cls(model.name, model.init, images.num_classes, channels, height, width)
 
 
 NORMALISATION = "normalise."
