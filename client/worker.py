@@ -121,7 +121,7 @@ class Worker:
                 raise RuntimeError("half an answer is left behind")
             self._refuse(task, token, heard[0] if heard else b"", _how_it_ended(child.exitcode))
         except (httpx.HTTPError, RuntimeError) as error:
-            # Flower holds the message for answered: it would wait for the answer without end.
+            # The SuperNode believes the task done and waits for its answer without end.
             sys.exit(f"The SuperNode has to be started anew: {error}.")
 
     def _refuse(self, task: int, token: str, taken: bytes, reason: str) -> None:
@@ -131,7 +131,7 @@ class Worker:
         if not taken:
             pulled = client.PullMessages(runtime_pb2.PullAppMessagesRequest())
             if not pulled.messages_list:
-                raise RuntimeError("the message cannot be found again")
+                return  # it was being taken: Flower gives the error reply itself, after a minute
             proto = pulled.messages_list[0]
         message = message_from_proto(proto)
         run, node = message.metadata.run_id, message.metadata.dst_node_id

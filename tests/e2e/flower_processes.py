@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,60 @@ def stop_processes_of(folder):
                     os.kill(process, kind)
             time.sleep(0.2)
     return processes_of(folder)
+
+
+class Deployment:
+    """A SuperLink on a loopback port, and devices that join it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.port = free_port()
+        self.environment = flower_environment(
+            folder, f'address = "127.0.0.1:{self.port}"\ninsecure = true'
+        )
+        options = f"--insecure --host=127.0.0.1 --port={self.port}".split()
+        self.start(
+            "superlink", "flower-superlink", *options, "--disable-runtime-dependency-installation"
+        )
+        self._wait()
+
+    def join(self, name, node_config):
+        """Start Flower's own SuperNode."""
+        address = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
+        own_port = ["--port", str(free_port())]
+        facts = ["--node-config", node_config]
+        return self.start(name, "flower-supernode", "--insecure", *address, *own_port, *facts)
+
+    def join_warm(self, name, node_config):
+        """Start `fedsmooth join`."""
+        address = ["--server", f"127.0.0.1:{self.port}", "--insecure"]
+        return self.start(name, "fedsmooth", "join", *address, "--node-config", node_config)
+
+    def start(self, name, command, *arguments):
+        """Start a process with a home of its own; its output goes to NAME.log."""
+        home = self.folder / name
+        home.mkdir()
+        with self.log(name).open("w") as log:
+            return subprocess.Popen(
+                [str(BIN / command), *arguments],
+                env=self.environment | {"FLWR_HOME": str(home)},
+                cwd=home,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def log(self, name):
+        return self.folder / f"{name}.log"
+
+    def _wait(self):
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except OSError:
+                assert time.monotonic() < end, self.log("superlink").read_text()
+                time.sleep(0.3)
 
 
 def flwr_run(environment, overrides, log, *options):

@@ -1,18 +1,13 @@
 """A deployment of real processes: a SuperLink, two simulated clients and one device with its own images."""
 
 import json
-import subprocess
-import time
-import urllib.request
 
 import numpy as np
 import pytest
 from flower_processes import (
-    BIN,
+    Deployment,
     assert_same_training,
-    flower_environment,
     flwr_run,
-    free_port,
     needs_proc,
     rounds,
     simulate_in_process,
@@ -37,50 +32,6 @@ OVERRIDES = [
 ]
 
 pytestmark = [pytest.mark.slow, needs_proc, pytest.mark.timeout(500)]
-
-
-class Deployment:
-    """A SuperLink on a loopback port, and SuperNodes that join it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.port = free_port()
-        self.environment = flower_environment(
-            folder, f'address = "127.0.0.1:{self.port}"\ninsecure = true'
-        )
-        self._start(
-            "superlink",
-            "flower-superlink",
-            f"--host=127.0.0.1 --port={self.port} --disable-runtime-dependency-installation".split(),
-        )
-        self._wait()
-
-    def join(self, name, node_config):
-        address = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
-        own_port = ["--port", str(free_port())]
-        self._start(name, "flower-supernode", [*address, *own_port, "--node-config", node_config])
-
-    def _start(self, name, command, arguments):
-        home = self.folder / name
-        home.mkdir()
-        with (self.folder / f"{name}.log").open("w") as log:
-            subprocess.Popen(
-                [str(BIN / command), "--insecure", *arguments],
-                env=self.environment | {"FLWR_HOME": str(home)},
-                cwd=home,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def _wait(self):
-        end = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
-                    return
-            except OSError:
-                assert time.monotonic() < end, (self.folder / "superlink.log").read_text()
-                time.sleep(0.3)
 
 
 @pytest.fixture
