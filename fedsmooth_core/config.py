@@ -63,6 +63,13 @@ FILE_NAME = Allowed(
 )
 
 
+HOST_AND_PORT = Allowed(
+    "HOST:PORT with a port in 1 to 65535, e.g. 127.0.0.1:9464",
+    lambda value: re.fullmatch(r".+:\d{1,5}", value) is not None
+    and 0 < int(value.rpartition(":")[2]) < 2**16,
+)
+
+
 def setting(default: T, allowed: Allowed) -> T:
     """Declare a field with its default and the values it allows (None is always tested apart)."""
     value: T = field(default=default, metadata={"allowed": allowed})
@@ -351,6 +358,8 @@ class RuntimeConfig(Section):
     """``auto`` is CUDA where there is one. In a simulation the clients use it too."""
     threads: int | None = setting(None, at_least(1))
     """CPU threads of PyTorch; null leaves its default."""
+    metrics_address: str | None = setting(None, HOST_AND_PORT)
+    """Where the server serves Prometheus metrics while it trains, as HOST:PORT; null serves none."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from server.configuration import compose
 from server.federation import run_federation
+from server.observers import standard_observers
 from server.progress import TrainingProgress
-from server.tracking import TensorBoard
 
 app = ServerApp()
 
@@ -19,4 +19,4 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the run-config's ``overrides`` describe."""
     config = compose(shlex.split(str(context.run_config.get("overrides", ""))))
     console = Console()
-    run_federation(config, grid, console, [TrainingProgress(console), TensorBoard()])
+    run_federation(config, grid, console, standard_observers(TrainingProgress(console)))

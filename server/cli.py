@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("-o", "--output", type=Path, help="stem of the pictures, without suffix")
     show.add_argument("--radius-step", type=float, default=0.25, help="grid step of the table")
     show.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    status = command("status", _status, "Show how a run stands, also while it is under way.")
+    status.add_argument("path", type=Path, metavar="RUN", help="a run directory")
+    status.add_argument("--json", action="store_true", help="print JSON instead of tables")
     overrides(command("config", _config, "Print the resolved configuration; run nothing."))
     partition = command("partition", _partition, "Show what each client holds.")
     partition.add_argument("-o", "--output", type=Path, default=Path(), help="folder for pictures")
@@ -151,9 +154,9 @@ def _superlink_option(sub: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace, console: Console) -> None:
     # Imported here: Flower and torch take seconds, and `fedsmooth report` needs neither.
     from server.federation import run_federation
+    from server.observers import standard_observers
     from server.progress import TrainingProgress
     from server.simulation import InProcessGrid, quiet_flower
-    from server.tracking import TensorBoard
 
     quiet_flower()
 
@@ -162,18 +165,19 @@ def _simulate(options: argparse.Namespace, console: Console) -> None:
         grid = InProcessGrid(
             config.partition.num_clients, config.runtime.device, progress.client_done
         )
-        return run_federation(config, grid, console, [progress, TensorBoard()]).path
+        return run_federation(config, grid, console, standard_observers(progress)).path
 
     _run_all(options, console, run)
 
 
 def _centralized(options: argparse.Namespace, console: Console) -> None:
     from server.centralized import run_centralized
+    from server.observers import standard_observers
     from server.progress import TrainingProgress
-    from server.tracking import TensorBoard
 
     def run(config: RunConfig) -> Path:
-        return run_centralized(config, console, [TrainingProgress(console), TensorBoard()]).path
+        observers = standard_observers(TrainingProgress(console))
+        return run_centralized(config, console, observers).path
 
     _run_all(options, console, run, defaults=["training=centralized"])
 
@@ -223,6 +227,12 @@ def _report(options: argparse.Namespace, console: Console) -> None:
         report(paths, options.output, options.radius_step, as_json=True)
     else:
         show(paths, options.output or Path("certified-accuracy"), options.radius_step, console)
+
+
+def _status(options: argparse.Namespace, console: Console) -> None:
+    from server.status import show_status
+
+    show_status(options.path, console, options.json)
 
 
 def _config(options: argparse.Namespace, console: Console) -> None:

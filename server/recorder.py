@@ -169,7 +169,8 @@ class Recorder:
             observer.round_finished(record)
 
     def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
-        """Tell the observers whom an attempt asks."""
+        """Tell the observers, and whoever looks at the directory, whom an attempt asks."""
+        self.run.write_asked(server_round, trained.attempts, trained.cohort)
         for observer in self._observers:
             observer.cohort_asked(server_round, trained)
 

@@ -26,6 +26,8 @@ CERTIFICATION = "certification"
 _CONFIG = "config.yaml"
 _SESSIONS = "sessions.jsonl"
 _CLIENTS = "clients.json"
+_ASKED = "asked.json"
+_LOCK = ".lock"
 _PACKAGES = ("fed-smoothadv", "flwr", "torch", "torchvision", "numpy", "scipy", "safetensors")
 
 
@@ -57,7 +59,7 @@ class RunDirectory:
         run = cls(_given(config) if config.run_dir is not None else _fresh(config.name))
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            run._lock = (run.path / ".lock").open("w")
+            run._lock = (run.path / _LOCK).open("w")
         except OSError as error:
             raise ConfigError(
                 f"run_dir={run.path} cannot be made ({error.strerror}): choose a folder that can be "
@@ -129,6 +131,23 @@ class RunDirectory:
         """Remember which node has which client number."""
         text = json.dumps({str(client): node for client, node in sorted(clients.items())})
         write_atomically(self.path / _CLIENTS, text.encode())
+
+    def write_asked(self, server_round: int, attempt: int, cohort: list[int]) -> None:
+        """Say which clients are at work now, for whoever asks how the run stands."""
+        asked = {"round": server_round, "attempt": attempt, "cohort": cohort, "since": time.time()}
+        write_atomically(self.path / _ASKED, json.dumps(asked).encode())
+
+    def read_asked(self) -> dict[str, Any] | None:
+        """Return what :meth:`write_asked` wrote last."""
+        lines = _read_lines(self.path / _ASKED)
+        return lines[0] if lines else None
+
+    def is_in_use(self) -> bool:
+        """Whether a process works on the run now."""
+        if not (self.path / _LOCK).is_file():
+            return False
+        with (self.path / _LOCK).open() as lock:
+            return not try_lock(lock)
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop the lines of rounds that a resumed run will do again."""

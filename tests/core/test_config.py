@@ -309,6 +309,7 @@ OUT_OF_RANGE = [
     (CertificationConfig, "radius_step", [0.0], "a number > 0"),
     (RuntimeConfig, "device", ["tpu"], "one of auto, cpu, cuda"),
     (RuntimeConfig, "threads", [0], "a number >= 1"),
+    (RuntimeConfig, "metrics_address", ["9464", "a:0", "a:65536", ":9464"], "HOST:PORT"),
     (TrainingPlan, "seed", [-1, 2**62 + 1], f"a number in [0, {2**62}]"),
 ]
 

@@ -1,0 +1,191 @@
+"""``fedsmooth status``: how a run stands, from its directory alone."""
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.errors import FedSmoothError
+from server import configuration
+from server.conduct import Conduct
+from server.report import Curve, load_curve, print_table, table_radii
+from server.run_directory import RunDirectory
+
+_ROUNDS_SHOWN = 8
+_PHASES = {
+    "connect": "connect",
+    "train": "train",
+    "slowest_client": "client",
+    "aggregate": "sum",
+    "evaluate": "test",
+}
+_LEGEND = (
+    "Seconds: connect, waiting for clients; train, asking to last reply; client, the slowest one's own "
+    "work in that; sum, aggregating; test, evaluating."
+)
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What one client did wrong so far."""
+
+    client: int
+    refused: int
+    last_round: int
+    last_reason: str
+    suspended: bool
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    state: str
+    """``running`` (a process works on it), ``finished`` or ``interrupted``."""
+    completed_rounds: int
+    num_rounds: int
+    asked: dict[str, Any] | None
+    """The attempt that is under way: its round, attempt, cohort and the time it began."""
+    rounds: list[dict[str, Any]]
+    clients: list[ClientRecord]
+    certified_images: int
+    """Of the last certified round."""
+
+
+def read_status(path: Path) -> Status:
+    """Read a run's directory, whether a process works on it or not.
+
+    Raises:
+        ConfigError: when it holds no run.
+    """
+    config = configuration.load(path)
+    run = RunDirectory(path)
+    rounds = run.read_metrics()
+    completed = int(rounds[-1]["round"]) if rounds else 0
+    asked = run.read_asked()
+    is_running = run.is_in_use()
+    if not is_running or (asked and int(asked["round"]) <= completed):
+        asked = None
+    curve = _curve(path)
+    return Status(
+        "running" if is_running else _rest(config, run, completed),
+        completed,
+        config.federation.num_rounds,
+        asked,
+        rounds,
+        _clients(config, rounds, completed),
+        len(curve.rows) if curve else 0,
+    )
+
+
+def show_status(path: Path, console: Console, as_json: bool) -> None:
+    """Print how a run stands: the round, who failed and why, seconds a phase, certified accuracy.
+
+    Raises:
+        FedSmoothError: when it holds no run, or its records are damaged.
+    """
+    status = read_status(path)
+    if as_json:
+        console.file.write(json.dumps(asdict(status), indent=2) + "\n")
+        return
+    console.print(
+        f"{path}: {status.state}, {status.completed_rounds} of {status.num_rounds} rounds done.",
+        soft_wrap=True,
+        markup=False,
+    )
+    if status.asked:
+        ago = max(0.0, time.time() - float(status.asked["since"]))
+        console.print(
+            f"Round {status.asked['round']}, attempt {status.asked['attempt']}: asked clients "
+            f"{status.asked['cohort']} {ago:.0f} s ago.",
+            soft_wrap=True,
+            markup=False,
+        )
+    if status.rounds:
+        _print_rounds(status.rounds[-_ROUNDS_SHOWN:], console)
+    if status.clients:
+        _print_clients(status.clients, console)
+    curve = _curve(path)
+    if curve is None:
+        console.print("Nothing is certified yet.")
+    else:
+        radius_step = configuration.load(path).certification.radius_step
+        print_table([curve], table_radii([curve], radius_step), console)
+
+
+def _rest(config: RunConfig, run: RunDirectory, completed: int) -> str:
+    """Return what a run is that no process works on."""
+    last = config.federation.num_rounds
+    is_certified = (run.certification(last) / "summary.json").is_file()
+    if completed >= last and (is_certified or not config.certification.at_end):
+        return "finished"
+    return "interrupted"
+
+
+def _clients(config: RunConfig, rounds: list[dict[str, Any]], completed: int) -> list[ClientRecord]:
+    conduct = Conduct(config.federation.strikes, config.federation.suspension_rounds)
+    conduct.replay(rounds)
+    suspended = conduct.suspended(completed + 1)
+    last = {
+        int(refusal["client"]): (int(line["round"]), str(refusal["reason"]))
+        for line in rounds
+        for refusal in line.get("refused", [])
+    }
+    counted: list[tuple[int, int]] = Counter(conduct.offences).most_common()
+    return [
+        ClientRecord(client, count, *last[client], client in suspended) for client, count in counted
+    ]
+
+
+def _curve(path: Path) -> Curve | None:
+    try:
+        return load_curve(path)
+    except FedSmoothError:  # no certificate yet
+        return None
+
+
+def _print_rounds(rounds: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("round", "asked", "used", "refused", "tries", "loss", "clean", "noisy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in _PHASES.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in rounds:
+        seconds = line.get("seconds", {})
+        table.add_row(
+            *(str(line["round"]), str(len(line["cohort"])), str(len(line["aggregated"]))),
+            *(str(len(line["refused"])), str(line["attempts"])),
+            _number(line["metrics"].get("train-loss"), ".3f"),
+            *(_number(line.get(f"{kind}-accuracy"), ".1%") for kind in ("clean", "noisy")),
+            *(_number(seconds.get(phase), ".1f") for phase in _PHASES),
+        )
+    # As wide as it needs: rich would shorten numbers to fit a narrow terminal.
+    unlimited = console.options.update(max_width=100_000)
+    table.width = console.measure(table, options=unlimited).maximum
+    console.print(table, soft_wrap=True)
+    console.print(_LEGEND, style="dim")
+
+
+def _print_clients(clients: list[ClientRecord], console: Console) -> None:
+    table = Table(title="Clients that were refused", title_justify="left", box=None, pad_edge=False)
+    for name in ("client", "times", "last round", "left out"):
+        table.add_column(name, justify="right")
+    table.add_column("last reason")
+    for record in clients:
+        table.add_row(
+            *(str(record.client), str(record.refused), str(record.last_round)),
+            "yes" if record.suspended else "",
+            Text(record.last_reason),  # whatever a client wrote is no mark-up
+        )
+    console.print(table)
+
+
+def _number(value: Any, form: str) -> str:
+    return format(float(value), form) if isinstance(value, int | float) else ""
