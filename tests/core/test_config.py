@@ -309,7 +309,12 @@ OUT_OF_RANGE = [
     (CertificationConfig, "radius_step", [0.0], "a number > 0"),
     (RuntimeConfig, "device", ["tpu"], "one of auto, cpu, cuda"),
     (RuntimeConfig, "threads", [0], "a number >= 1"),
-    (RuntimeConfig, "metrics_address", ["9464", "a:0", "a:65536", ":9464"], "HOST:PORT"),
+    (
+        RuntimeConfig,
+        "metrics_address",
+        ["9464", "a:0", "a:65536", ":9464"],
+        "HOST:PORT with a port in 1 to 65535, e.g. 127.0.0.1:9464",
+    ),
     (TrainingPlan, "seed", [-1, 2**62 + 1], f"a number in [0, {2**62}]"),
 ]
 
