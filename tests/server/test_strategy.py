@@ -32,7 +32,7 @@ from server.progress import TrainingProgress
 from server.recorder import RoundRecord, TrainedRound
 from server.replies import Refusal
 from server.sampling import sample_cohort
-from server.simulation import InProcessGrid
+from server.simulation import InProcessGrid, quiet_flower
 
 
 @settings(max_examples=20, deadline=None)
@@ -272,3 +272,12 @@ def test_what_a_client_writes_is_shown_as_it_is_and_cannot_stop_the_run():
     progress._total = 1
     progress.round_finished(RoundRecord(1, trained, {}))
     assert f"Round 1: client 0 is refused: {reason}." in console.file.getvalue()
+
+
+def test_flowers_own_loop_drives_it_too():
+    strategy, grid = federation(4, {1: without_tensor})
+    quiet_flower()
+    result = strategy.start(grid=grid, initial_arrays=ArrayRecord(INITIAL), num_rounds=2)
+    assert_average_of(result.arrays.to_torch_state_dict(), [0, 2, 3], server_round=2)
+    assert list(result.train_metrics_clientapp) == [1, 2]
+    assert [refusal.client for refusal in strategy.trained.refused] == [1]
