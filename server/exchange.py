@@ -87,18 +87,26 @@ class Exchange:
         deadline_seconds: float,
         receive: Receive,
         is_over: Callable[[], bool],
-    ) -> None:
+    ) -> dict[str, float]:
         """Send the messages and hand over each reply as it comes.
 
-        Returns when all have answered, when ``is_over()``, or when the deadline has passed.
+        It is over when all have answered, when ``is_over()``, or when the deadline has passed.
+
+        Returns:
+            Seconds spent on ``send`` and ``receive``; the rest went by waiting.
         """
+        started = time.monotonic()
         waiting = send(grid, messages)
-        end = time.monotonic() + deadline_seconds
+        sent = time.monotonic()
+        end, receiving = sent + deadline_seconds, 0.0
         while True:
+            looked = time.monotonic()
             collect(grid, waiting, receive, is_over)
             self.collect_late(grid)
+            receiving += time.monotonic() - looked
             left = end - time.monotonic()
             if not waiting or is_over() or left <= 0:
                 break
             time.sleep(min(POLL_SECONDS, left))
         self._late |= waiting
+        return {"send": sent - started, "receive": receiving}

@@ -106,7 +106,8 @@ class TrainingProgress:
         elif record.evaluation or time.monotonic() - self._printed > _LOG_SECONDS:
             self._printed = time.monotonic()
             loss = record.trained.metrics.get(wire.TRAIN_LOSS, float("nan"))
-            seconds = sum(record.trained.seconds.values())
+            phases = ("connect", "train", "aggregate", "evaluate")
+            seconds = sum(record.trained.seconds.get(phase, 0.0) for phase in phases)
             parts = [f"train loss {loss:.3f}", self._last, f"{seconds:.1f} s a round"]
             self._console.print(
                 f"Round {record.server_round} of {self._total}: {', '.join(filter(None, parts))}",

@@ -21,7 +21,7 @@ class Prometheus:
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:

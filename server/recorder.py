@@ -52,7 +52,8 @@ class TrainedRound:
     """l2 norm of the change of all floating-point weights."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase: ``connect`` (waiting for clients), ``train`` (from the questions to the last reply),
-    ``slowest_client`` (the part of it that the slowest good client worked), ``aggregate``, ``evaluate``."""
+    ``aggregate``, ``evaluate``. Parts of ``train``: ``send`` and ``receive`` (the server's own work with
+    questions and replies), ``slowest_client`` (what the slowest good client says it worked)."""
 
 
 @dataclass(frozen=True)

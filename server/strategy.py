@@ -108,13 +108,15 @@ class SmoothAdvFedAvg(FedAvg):
         for attempt in range(1, self.config.federation.attempts + 1):
             messages = self.configure_train(server_round, arrays, ConfigRecord(), grid)
             recorder.cohort_asked(server_round, self.trained)
-            self._exchange.ask(
+            spent = self._exchange.ask(
                 grid,
                 messages,
                 self.config.federation.deadline_seconds,
                 self._receive,
                 self._has_enough,
             )
+            for phase, seconds in spent.items():
+                self._add_seconds(phase, seconds)
             new, _ = self.aggregate_train(server_round, [])
             if new is not None:
                 return new
@@ -178,8 +180,7 @@ class SmoothAdvFedAvg(FedAvg):
         if len(nodes) < self.config.partition.num_clients:
             missing = sorted(set(range(self.config.partition.num_clients)) - nodes.keys())
             log(WARNING, "Not connected and hence not sampled: clients %s.", missing)
-        waited = time.perf_counter() - started
-        self.trained.seconds["connect"] = self.trained.seconds.get("connect", 0.0) + waited
+        self._add_seconds("connect", time.perf_counter() - started)
         return nodes
 
     def _candidates(self, nodes: Mapping[int, int]) -> set[int]:
@@ -237,10 +238,12 @@ class SmoothAdvFedAvg(FedAvg):
         self.trained.num_examples = sum(weights)
         self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
         self.trained.update_norm = update_norm(new, self._global)
-        self.trained.seconds["slowest_client"] = max(
+        own_work = [
             float(reply.metrics[wire.SETUP_SECONDS]) + float(reply.metrics[wire.TRAIN_SECONDS])  # type: ignore[arg-type]
             for reply in good
-        )
+        ]
+        # Whatever a client says, it worked no longer than it was waited for.
+        self.trained.seconds["slowest_client"] = min(max(own_work), received - self._sent_at)
         self._add_seconds("aggregate", time.perf_counter() - received)
         return ArrayRecord(new), metrics
 

@@ -116,7 +116,7 @@ def test_every_round_has_one_line_that_says_what_happened(finished):
         assert set(line["metrics"]) == TRAIN_METRICS - {"num-examples"}
         assert 0 < line["metrics"]["train-loss"] < 10
         assert line["update_norm"] > 0
-        phases = {"connect", "train", "slowest_client", "aggregate", "evaluate"}
+        phases = {"connect", "send", "receive", "train", "slowest_client", "aggregate", "evaluate"}
         assert set(line["seconds"]) == phases
         assert 0 <= line["clean-accuracy"] <= 1
         assert 0 <= line["noisy-accuracy"] <= 1

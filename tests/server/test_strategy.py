@@ -55,9 +55,17 @@ def test_what_a_round_did_is_recorded():
     assert strategy.trained.update_norm == pytest.approx(float(sum(moved)) ** 0.5, rel=1e-6)
     assert strategy.trained.aggregated == [0, 1, 2]
     assert (strategy.trained.attempts, strategy.trained.num_connected) == (1, 3)
-    phases = {"connect", "train", "slowest_client", "aggregate"}
-    assert set(strategy.trained.seconds) == phases
-    assert strategy.trained.seconds["slowest_client"] == 3.0
+    seconds = strategy.trained.seconds
+    assert set(seconds) == {"connect", "send", "receive", "train", "slowest_client", "aggregate"}
+    assert seconds["slowest_client"] == pytest.approx(3e-9)
+    assert 0 < seconds["send"] + seconds["receive"] <= seconds["train"]
+
+
+def test_no_client_worked_longer_than_it_was_waited_for():
+    strategy, grid = federation(3, {1: changed_metric(train_seconds=1e300)})
+    run(strategy, grid)
+    assert strategy.trained.refused == []
+    assert strategy.trained.seconds["slowest_client"] == strategy.trained.seconds["train"]
 
 
 def test_a_client_is_sent_the_model_the_plan_and_its_number():
