@@ -97,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
     certify.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
     certify.add_argument("-o", "--output", type=Path, help="folder for the rows and the summary")
+    certify.add_argument(
+        "--wait",
+        action="store_true",
+        help="of a run directory: wait for its last round, then certify that into it",
+    )
     overrides(certify)
     show = command("report", _report, "Table and curve of certified accuracy of runs or row files.")
     show.add_argument("paths", nargs="+", metavar="RUN_OR_TSV")
@@ -130,6 +135,40 @@ def parser() -> argparse.ArgumentParser:
         help="facts of this device, e.g. 'data-path=\"/data/images\" threads=2'",
     )
     join.add_argument("--port", type=int, help="loopback port of this device's own (a free one)")
+    deploy = command("deploy", _deploy, "Train at a SuperLink; submit the run again when it dies.")
+    _superlink_option(deploy)
+    deploy.add_argument(
+        "--max-restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="give up after N restarts in a row without a new round (5)",
+    )
+    deploy.add_argument(
+        "--await-certificate",
+        action="store_true",
+        help="end when 'certify RUN --wait', running elsewhere, has certified the final model",
+    )
+    overrides(deploy)
+    certificates = command("certificates", _certificates, "Make a CA and a server certificate.")
+    certificates.add_argument("folder", type=Path)
+    certificates.add_argument(
+        "--host", action="append", default=[], help="name or IP address of the server; repeatable"
+    )
+    doctor = command("doctor", _doctor, "Examine this device before it joins a federation.")
+    doctor.add_argument(
+        "--federation",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="federation.json of the joining kit",
+    )
+    doctor.add_argument("--node-config", default="", metavar="FACTS", help="as for join")
+    doctor.add_argument(
+        "--server", metavar="HOST:PORT", help="as for join; else no connection is tried"
+    )
+    doctor.add_argument("--root-certificates", type=Path, metavar="FILE", help="as for join")
+    doctor.add_argument("--key", type=Path, metavar="FILE", help="as for join")
     enroll = command("enroll", _enroll, "Let a device take part; without a name, list them.")
     enroll.add_argument("name", nargs="?", help="what the device is called from now on")
     enroll.add_argument("--public-key", type=Path, help="the device's .pub file")
@@ -197,12 +236,41 @@ def _run_all(
         run(compose(options.overrides, defaults))
 
 
+def _deploy(options: argparse.Namespace, console: Console) -> None:
+    from server.supervisor import deploy
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    run = deploy(
+        options.overrides,
+        options.superlink,
+        options.max_restarts,
+        options.await_certificate,
+        say,
+    )
+    say(f"Finished: {run}")
+
+
+def _certificates(options: argparse.Namespace, console: Console) -> None:
+    from server.certificates import ensure_certificates
+
+    made = ensure_certificates(options.folder, options.host)
+    what = f"Made {', '.join(made)} in" if made else "Left as they are: the certificates in"
+    console.print(f"{what} {options.folder}", soft_wrap=True, markup=False)
+
+
 def _certify(options: argparse.Namespace, console: Console) -> None:
     from fedsmooth_core.checkpoint import load_checkpoint
     from server.certify import certify_checkpoint, find_checkpoint
     from server.configuration import with_overrides
     from server.report import show
 
+    if options.wait:
+        from server.certifier import certify_when_trained
+
+        certify_when_trained(options.checkpoint, options.overrides, console)
+        return
     path = find_checkpoint(options.checkpoint)
     recorded = load_checkpoint(path).metadata.get("config")
     config = with_overrides(recorded, options.overrides, str(path.with_suffix(".json")))
@@ -253,6 +321,12 @@ def _join(options: argparse.Namespace, console: Console) -> None:
     from client.commands import join
 
     join(options, console)
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> None:
+    from client.commands import doctor
+
+    doctor(options, console)
 
 
 def _enroll(options: argparse.Namespace, console: Console) -> None:

@@ -56,7 +56,7 @@ class RunDirectory:
             raise ConfigError(
                 f"run_dir={_given(config)} holds no run to resume: leave resume=true out to start one."
             )
-        run = cls(_given(config) if config.run_dir is not None else _fresh(config.name))
+        run = cls(_given(config) if config.run_dir is not None else new_run_path(config.name))
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock = (run.path / _LOCK).open("w")
@@ -175,7 +175,8 @@ def _given(config: RunConfig) -> Path:
     return Path(config.run_dir or "").expanduser().resolve()
 
 
-def _fresh(name: str) -> Path:
+def new_run_path(name: str) -> Path:
+    """Make and return a folder of its own for a new run, below ``runs`` in the working directory."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in itertools.count(1):
         path = Path("runs", f"{stamp}-{name}" + (f"-{suffix}" if suffix > 1 else "")).resolve()
