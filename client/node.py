@@ -4,6 +4,7 @@ Hyper-parameters are no facts of a machine: they come from the server alone, wit
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ _KNOWN = (
     wire.MAX_BATCH,
     wire.BF16,
 )
+
+_PAIR = r"""\S+?=('[^']*'|"[^"]*"|\S+)"""  # as Flower reads it
 
 OUT_OF_MEMORY = (
     f"This device's accelerator ran out of memory: set a smaller {wire.MAX_BATCH} in its node "
@@ -91,6 +94,31 @@ class NodeFacts:
                 f"{wire.DATASET_ROOT} (its copy of the federation's data set): give one of them."
             )
         return facts
+
+    @classmethod
+    def parse(cls, text: str) -> "NodeFacts":
+        """Check a node configuration as it stands on a command line.
+
+        Raises:
+            ConfigError: as :meth:`read` does, and for what is no list of key=value.
+        """
+        # Imported here: a ClientApp is started for every message, and never comes here.
+        import click
+        from flwr.common.config import parse_config_args
+
+        # Flower passes over what is no pair; a word too many is a mistake of somebody who is asked here.
+        rest = "" if text.endswith(".toml") else re.sub(_PAIR, "", text).strip()
+        try:
+            config = parse_config_args([text])
+        except (click.ClickException, OSError, ValueError):
+            rest = text
+            config = {}
+        if rest:
+            raise ConfigError(
+                f"{rest!r} in the node configuration cannot be read: give key=value pairs separated by "
+                "spaces, texts in double quotes, e.g. 'data-path=\"/data/images\" threads=2'."
+            )
+        return cls.read(config)
 
     def prepare(self) -> torch.device:
         """Set this process's threads and return the device to compute on.

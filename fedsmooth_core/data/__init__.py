@@ -7,6 +7,7 @@ process for every message, and a data set that is already cached needs none of t
 from fedsmooth_core.data.batches import ClientData, augment, training_batches
 from fedsmooth_core.data.datasets import dataset_names, load_dataset, load_device_folder
 from fedsmooth_core.data.info import ArrayDataset, DatasetInfo
+from fedsmooth_core.data.inspection import folder_problems
 from fedsmooth_core.data.partition import client_indices
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "augment",
     "client_indices",
     "dataset_names",
+    "folder_problems",
     "load_dataset",
     "load_device_folder",
     "training_batches",

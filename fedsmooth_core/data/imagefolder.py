@@ -74,7 +74,7 @@ class ImageFolder:
         """Return (width, height) of every image: what was asked for, or that of the first."""
         if self._image_size is not None:
             return self._image_size, self._image_size
-        _, height, width = _decode(first, None).shape
+        _, height, width = decode_image(first).shape
         return width, height
 
 
@@ -85,20 +85,29 @@ def _scan(root: Path, splits: tuple[str, ...]) -> _Listing:
         if not folder.is_dir():
             wanted = " and ".join(f"{split}/<class>/" for split in splits)
             raise DataError(f"{folder} is missing: {root} must hold folders of images {wanted}.")
-        with _listed(folder) as entries:
-            names = sorted(entry.name for entry in entries if _is_class_folder(entry))
-        if not names:
-            raise DataError(
-                f"{folder} holds no class folder: put its images in one folder a class, "
-                f"{folder / '<class>'}."
-            )
-        listing[split] = {name: _scan_class(folder / name) for name in names}
+        listing[split] = {name: scan_class(folder / name) for name in class_folders(folder)}
     if "test" not in splits:
         return listing
     _check_same_classes(root, listing)
     if len(listing["train"]) < 2:
         raise DataError(f"{root} holds one class alone: a classifier needs two or more.")
     return listing
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the class folders in ``train`` or ``test``, ascending.
+
+    Raises:
+        DataError: when there is none, or the folder cannot be listed.
+    """
+    with _listed(folder) as entries:
+        names = sorted(entry.name for entry in entries if _is_class_folder(entry))
+    if not names:
+        raise DataError(
+            f"{folder} holds no class folder: put its images in one folder a class, "
+            f"{folder / '<class>'}."
+        )
+    return names
 
 
 @contextmanager
@@ -116,7 +125,12 @@ def _is_class_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
 
 
-def _scan_class(folder: Path) -> list[tuple[str, int, int]]:
+def scan_class(folder: Path) -> list[tuple[str, int, int]]:
+    """Return (file name, bytes, modification time in ns) of a class's images, ascending.
+
+    Raises:
+        DataError: when there is none, or the folder holds another one.
+    """
     files = []
     with _listed(folder) as entries:
         for entry in entries:
@@ -159,7 +173,7 @@ def _decode_all(paths: list[Path], size: tuple[int, int], resize: bool) -> Image
     images = np.empty((len(paths), 3, height, width), dtype=np.uint8)
     # One thread: on two cores, a pool made 32x32 JPEGs 1.5x slower (they are mostly Python's work).
     for index, path in enumerate(paths):
-        image = _decode(path, size if resize else None)
+        image = decode_image(path, size if resize else None)
         if image.shape != images.shape[1:]:
             raise DataError(
                 f"{path} is {image.shape[2]}x{image.shape[1]} pixels where the first image is "
@@ -169,8 +183,12 @@ def _decode_all(paths: list[Path], size: tuple[int, int], resize: bool) -> Image
     return images
 
 
-def _decode(path: Path, resize_to: tuple[int, int] | None) -> Images:
-    """Return an image as uint8 (3, H, W)."""
+def decode_image(path: Path, resize_to: tuple[int, int] | None = None) -> Images:
+    """Return an image as uint8 (3, H, W), resized to (width, height) pixels if that is given.
+
+    Raises:
+        DataError: when the file is no sound 8-bit image.
+    """
     from PIL import Image
 
     try:
