@@ -122,7 +122,7 @@ def join(membership: Membership, say: Callable[[str], None]) -> None:
     """
     membership.check()
     port = membership.port or _free_port()
-    end = time.monotonic() + _LEASE_SECONDS
+    end, told = time.monotonic() + _LEASE_SECONDS, False
     with _signals() as leaving, _environment() as environment:
         while True:
             member = _Member(membership, port, environment, say)
@@ -134,10 +134,12 @@ def join(membership: Membership, say: Callable[[str], None]) -> None:
                 return
             if not member.refused or time.monotonic() > end:
                 raise NodeError(member.why())
-            say(
-                "The server refuses this key. A device that was cut off is let in again within a "
-                f"minute: trying for {max(0.0, end - time.monotonic()):.0f} s more."
-            )
+            if not told:
+                told = True
+                say(
+                    f"{membership.server} refuses this key. A device that was cut off is let in again "
+                    f"within a minute: trying for {_LEASE_SECONDS:.0f} s."
+                )
             leaving.wait(_RETRY_SECONDS)
 
 
@@ -251,7 +253,7 @@ class _Member:
             )
         return (
             f"{server} dismissed this device: it was revoked, or the server was started anew without "
-            "its memory; join again."
+            "its memory; join again, and if that is refused ask whoever runs the server."
         )
 
 

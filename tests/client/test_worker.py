@@ -211,6 +211,7 @@ def test_every_message_has_a_process_of_its_own_that_starts_warm_with_the_shippe
         assert fact["had"] == ["torch", "torch._dynamo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wish", "words"),
     [("kill", "ended by SIGKILL (most often: out of memory)"), ("exit", "exit code 3")],
@@ -228,6 +229,7 @@ def test_a_crash_is_told_at_once_and_the_next_message_is_answered(node, start_wo
     eventually(lambda: children_of(worker.pid) == [])  # no zombies
 
 
+@pytest.mark.slow
 def test_a_process_killed_before_it_took_its_message_is_told_of_too(node, start_worker):
     worker = start_worker()
     node.answer(node.ask("answer"))
@@ -241,6 +243,7 @@ def test_a_process_killed_before_it_took_its_message_is_told_of_too(node, start_
     assert node.answer(node.ask("answer")).content["facts"]["process"]
 
 
+@pytest.mark.slow
 def test_where_the_supernode_would_wait_without_end_the_worker_ends(node, start_worker):
     worker = start_worker()
     node.answer(node.ask("answer"))
@@ -250,6 +253,7 @@ def test_where_the_supernode_would_wait_without_end_the_worker_ends(node, start_
     assert worker.wait(20) == 1
 
 
+@pytest.mark.slow
 def test_an_exception_is_flowers_own_error_reply(node, start_worker):
     start_worker()
     reply = node.answer(node.ask("raise"))
@@ -258,6 +262,7 @@ def test_an_exception_is_flowers_own_error_reply(node, start_worker):
     assert node.answer(node.ask("answer")).content["facts"]["process"]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_worker_quietly(node, start_worker):
     worker = start_worker()
     node.answer(node.ask("answer"))
@@ -265,6 +270,7 @@ def test_sigterm_ends_a_worker_quietly(node, start_worker):
     assert worker.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_supernode(node, start_worker):
     supernode = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     worker = start_worker(supernode.pid)
