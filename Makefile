@@ -1,13 +1,16 @@
 # make run   makes the environment, trains federated on the digits, certifies, draws the curve
 # make test  makes the environment, lints, type-checks, tests
-.PHONY: run test slow format clean
+# make deploy  a server, CLIENTS clients and a certifier as containers: trains, certifies, into runs/RUN
+.PHONY: run test slow deploy format clean
 .DEFAULT_GOAL := run
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Overrides for `make run`, e.g. make run ARGS="experiment=quick seed=1"
+# Overrides for `make run` and `make deploy`, e.g. make run ARGS="experiment=quick seed=1"
 ARGS ?=
+CLIENTS ?= 4
+RUN ?= run
 
 run: $(VENV)/.installed
 	$(BIN)/fedsmooth simulate $(ARGS)
@@ -22,6 +25,16 @@ test: $(VENV)/.installed-dev
 # What takes longer than a few seconds: end-to-end runs, kill -9 in loops, Flower's simulation, real images.
 slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow
+
+# Needs Docker with Compose v2 alone. The containers' user owns what they leave in runs/; root is not it.
+deploy: export FEDSMOOTH_UID := $(shell id -u | sed 's/^0$$/1000/')
+deploy: export FEDSMOOTH_GID := $(shell id -g | sed 's/^0$$/1000/')
+deploy: export FEDSMOOTH_CLIENTS := $(CLIENTS)
+deploy: export FEDSMOOTH_RUN := $(RUN)
+deploy: export FEDSMOOTH_OVERRIDES := $(ARGS)
+deploy:
+	@mkdir -p runs
+	docker compose up --build --scale client=$(CLIENTS) --exit-code-from train
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -72,7 +72,7 @@ class Flower:
             return str(answer["run-id"])
         reason = str(answer.get("error-message", "no reason given"))
         if "is unavailable" in reason:
-            raise Unanswered(reason)
+            raise Unanswered(_last_paragraph(reason))
         raise TrainingError(f"The SuperLink did not take the run: {_last_paragraph(reason)}")
 
     def status(self, run_id: str) -> tuple[str, str]:

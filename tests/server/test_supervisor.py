@@ -1,0 +1,290 @@
+"""The supervisor against a `flwr` of the test's own, which plays what a SuperLink would do."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from fedsmooth_core.errors import CertificationError, ConfigError, TrainingError
+from server import supervisor
+from server.certifier import failure_path
+from server.configuration import compose, save
+from server.run_directory import RunDirectory
+from server.supervisor import deploy
+
+ROUNDS = 3
+OVERRIDES = [f"federation.num_rounds={ROUNDS}", "federation.connect_timeout_seconds=30"]
+UNCERTIFIED = [*OVERRIDES, "certification.at_end=false"]
+KILLED = {"status": "finished:failed"}
+
+# Each submission takes the next act of the play: how many rounds it completes, and how it ends.
+FAKE = """#!{python} -S
+import json, pathlib, shlex, sys, tomllib
+
+stage = pathlib.Path({stage!r})
+state = json.loads((stage / "state.json").read_text())
+command, arguments = sys.argv[1], sys.argv[2:]
+away = "Using SuperLink: x\\n\\nConnection to the SuperLink is unavailable."
+answer = {{"success": False, "error-message": away}}
+if command == "log":
+    print("\\n".join(state["log"]))
+    sys.exit()
+if state["away"]:
+    state["away"] -= 1
+elif command == "run":
+    settings = tomllib.loads(pathlib.Path(arguments[arguments.index("--run-config") + 1]).read_text())
+    overrides = shlex.split(settings["overrides"])
+    state["submitted"].append(overrides)
+    act = state["acts"][len(state["submitted"]) - 1]
+    if "refused" in act:
+        answer["error-message"] = "Building the app\\n\\n" + act["refused"]
+    else:
+        (folder,) = [pathlib.Path(item[8:]) for item in overrides if item.startswith("run_dir=")]
+        if not act.get("elsewhere"):
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text((stage / "config.yaml").read_text())
+            for number in range(act.get("rounds", 0) + 1):
+                for ending in ("safetensors", "json"):
+                    (folder / "checkpoints" / f"round-{{number:04d}}.{{ending}}").touch()
+        answer = {{"success": True, "run-id": str(len(state["submitted"]))}}
+        state["away"] = act.get("away", 0)
+elif command == "ls":
+    run_id = int(arguments[arguments.index("--run-id") + 1])
+    if run_id > len(state["acts"]):
+        answer["error-message"] = "Using SuperLink: x\\n\\n[code: 16] Run ID not found."
+    else:
+        act = state["acts"][run_id - 1]
+        state["asked"] += 1
+        status = "running" if state["asked"] <= act.get("running", 0) else act["status"]
+        run = {{"status": status, "status-details": act.get("details", "")}}
+        answer = {{"success": True, "runs": [run]}}
+(stage / "state.json").write_text(json.dumps(state))
+print(json.dumps(answer))
+"""
+
+
+class Stage:
+    """What the fake plays, and what it was asked."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.run = RunDirectory(folder / "run")
+        self.said = []
+
+    def play(self, *acts, away=0, settings=UNCERTIFIED):
+        state = {"acts": acts, "submitted": [], "asked": 0, "away": away, "log": ["one", "two"]}
+        (self.folder / "state.json").write_text(json.dumps(state))
+        save(compose(settings), self.folder / "config.yaml")
+
+    @property
+    def submitted(self):
+        return json.loads((self.folder / "state.json").read_text())["submitted"]
+
+    def deploy(self, overrides=UNCERTIFIED, max_restarts=2, await_certificate=False):
+        given = [*overrides, f"run_dir={self.run.path}"]
+        return deploy(given, "x", max_restarts, await_certificate, self.said.append)
+
+    def certify(self):
+        folder = self.run.certification(ROUNDS)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("rows.tsv", "summary.json"):
+            (folder / name).touch()
+        for name in ("curve.png", "curve.svg"):
+            (self.run.path / name).write_text("</svg>\n")
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    command = tmp_path / "bin" / "flwr"
+    command.parent.mkdir()
+    command.write_text(FAKE.format(python=sys.executable, stage=str(tmp_path)))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
+    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.01)
+    return Stage(tmp_path)
+
+
+def test_a_run_that_completes_is_submitted_once_and_its_log_shown_once(stage, capfd):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS, "running": 3})
+    assert stage.deploy() == stage.run.path
+    (submitted,) = stage.submitted
+    assert submitted == [*UNCERTIFIED, f"run_dir={stage.run.path}"]
+    assert capfd.readouterr().out.split() == ["one", "two"]
+
+
+def test_a_run_without_a_directory_gets_one_of_its_own(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    path = deploy([*UNCERTIFIED, "name=mine"], None, 0, False, stage.said.append)
+    assert path.parent == tmp_path / "runs"
+    assert path.name.endswith("-mine")
+    assert f"run_dir={path}" in stage.submitted[0]
+
+
+def test_a_killed_run_is_continued(stage):
+    stage.play(KILLED | {"rounds": 1}, {"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy()
+    first, second = stage.submitted
+    assert "resume=true" not in first
+    assert second == [*first, "resume=true"]
+
+
+def test_a_run_killed_before_it_wrote_anything_is_started_anew(stage):
+    stage.play(KILLED | {"elsewhere": True}, {"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy()
+    assert stage.submitted[0] == stage.submitted[1]
+
+
+def test_a_run_that_never_gets_on_is_given_up(stage):
+    stage.play(*[KILLED | {"rounds": 1}] * 9)
+    with pytest.raises(TrainingError, match="died 2 times after 1 of 3 rounds"):
+        stage.deploy(max_restarts=1)
+    # One for the first round, which was progress, and two without any.
+    assert len(stage.submitted) == 3
+
+
+def test_every_new_round_renews_the_patience(stage):
+    deaths = [KILLED | {"rounds": number} for number in range(1, ROUNDS)]
+    stage.play(*deaths, {"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy(max_restarts=1)
+    assert len(stage.submitted) == ROUNDS
+
+
+def test_the_same_exception_twice_is_final_and_its_sentence_is_told(stage):
+    raised = "ServerApp failed with exception: dataset.root=x does not exist."
+    stage.play(*[KILLED | {"details": raised}] * 9)
+    with pytest.raises(TrainingError, match=r"twice after 0 of 3 rounds: dataset\.root=x does not"):
+        stage.deploy(max_restarts=5)
+    assert len(stage.submitted) == 2
+
+
+def test_a_run_that_was_stopped_on_purpose_is_not_continued(stage):
+    stage.play({"status": "finished:stopped", "rounds": 1})
+    with pytest.raises(TrainingError, match="stopped on purpose"):
+        stage.deploy()
+    assert len(stage.submitted) == 1
+
+
+def test_a_finished_run_is_left_alone(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy()
+    stage.deploy()
+    assert len(stage.submitted) == 1
+    assert "finished already" in stage.said[-1]
+
+
+def test_a_run_killed_after_its_last_round_is_finished(stage):
+    stage.play(KILLED | {"rounds": ROUNDS})
+    stage.deploy()
+    assert len(stage.submitted) == 1
+
+
+def test_a_run_whose_certificate_is_missing_is_not_finished(stage):
+    stage.play(
+        KILLED | {"rounds": ROUNDS},
+        {"status": "finished:completed", "rounds": ROUNDS},
+        settings=OVERRIDES,
+    )
+    with pytest.raises(TrainingError, match="does not hold its final model"):
+        stage.deploy(OVERRIDES)
+    assert len(stage.submitted) == 2
+    stage.certify()
+    stage.deploy(OVERRIDES)
+    assert len(stage.submitted) == 2
+
+
+def test_a_server_app_that_writes_elsewhere_is_noticed(stage):
+    stage.play({"status": "finished:completed", "elsewhere": True})
+    with pytest.raises(TrainingError, match="under the same path"):
+        stage.deploy()
+
+
+def test_a_second_supervisor_looks_after_the_run_that_is_at_work(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS, "running": 3})
+    stage.run.path.mkdir()
+    (stage.run.path / "submission.json").write_text('{"run-id": "1"}')
+    stage.run.checkpoints.mkdir()
+    with pytest.raises(TrainingError, match="does not hold its final model"):
+        stage.deploy()
+    assert stage.submitted == []
+    assert "Run 1 is at work" in stage.said[0]
+
+
+def test_a_run_that_the_superlink_forgot_is_submitted_again(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    stage.run.path.mkdir()
+    (stage.run.path / "submission.json").write_text('{"run-id": "77"}')
+    stage.deploy()
+    assert len(stage.submitted) == 1
+
+
+def test_a_superlink_that_restarts_is_waited_for(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS, "away": 3}, away=3)
+    stage.deploy()
+    assert len(stage.submitted) == 1
+    assert any("waiting for it" in line for line in stage.said)
+
+
+def test_a_superlink_that_stays_away_is_given_up(stage):
+    impatient = [*UNCERTIFIED, "federation.connect_timeout_seconds=0.2"]
+    stage.play({"status": "finished:completed"}, away=10**6)
+    with pytest.raises(TrainingError, match=r"not answered for 0\.2 seconds .*is unavailable"):
+        stage.deploy(impatient)
+
+
+def test_a_refused_submission_is_final(stage):
+    stage.play({"refused": "FAB size exceeds maximum."})
+    with pytest.raises(TrainingError, match="did not take the run: FAB size"):
+        stage.deploy()
+
+
+def test_wrong_settings_are_refused_before_anything_is_submitted(stage):
+    stage.play()
+    with pytest.raises(ConfigError, match=r"federation\.num_rounds"):
+        stage.deploy(["federation.num_rounds=0"])
+    stage.run.path.mkdir()
+    save(compose(UNCERTIFIED), stage.run.path / "config.yaml")
+    with pytest.raises(ConfigError, match="started with other settings"):
+        stage.deploy([*UNCERTIFIED, "seed=9"])
+    assert stage.submitted == []
+
+
+def test_it_waits_for_the_certificate_made_elsewhere(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy()
+    stage.certify()
+    stage.deploy(await_certificate=True)
+    assert "is certified" in stage.said[-1]
+
+
+def test_a_failed_certification_elsewhere_is_told(stage):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    stage.deploy()
+    failure = failure_path(stage.run, ROUNDS)
+    failure.parent.mkdir(parents=True)
+    failure.write_text("The data set is gone.\n")
+    future = time.time() + 60
+    os.utime(failure, (future, future))
+    with pytest.raises(CertificationError, match=r"^The data set is gone\.$"):
+        stage.deploy(await_certificate=True)
+
+
+def test_a_certifier_that_does_nothing_is_noticed(stage, monkeypatch):
+    monkeypatch.setattr(supervisor, "_STALL_SECONDS", 0.05)
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    with pytest.raises(CertificationError, match=r"certify .* --wait is running"):
+        stage.deploy(await_certificate=True)
+
+
+def test_an_interrupted_supervisor_says_how_to_go_on(stage, monkeypatch):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervisor.Flower, "log", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stage.deploy()
+    assert "flwr stop 1" in stage.said[-1]
