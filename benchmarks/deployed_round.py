@@ -107,9 +107,10 @@ def main(grid, context):
     )
 """
 
-# What a node prints as a message passes through it, and the phase that ends there.
+# What a node prints as a message passes through it, and the phase that ends there: idle is its wait
+# for the other clients, the server and its own next look; the others are the message's way.
 _MARKS = {
-    "Receiving: train message": "between messages",
+    "Receiving: train message": "idle",
     "Received successfully": "receive",
     "Sending: train message": "answer",
     "Sent successfully": "send",
@@ -149,13 +150,13 @@ class Node:
         for when, line in list(self.lines):
             if any(mark in line for mark in _STARTED):
                 if last is not None and messages > 1:
-                    yield "start of the app's process", when - last
+                    yield "until a process starts", when - last
                 continue
             phase = next((phase for mark, phase in _MARKS.items() if mark in line), None)
             if phase is None:
                 continue
-            messages += phase == "between messages"
-            if last is not None and messages > 1 and (phase, messages) != ("between messages", 2):
+            messages += phase == "idle"
+            if last is not None and messages > 1 and (phase, messages) != ("idle", 2):
                 yield phase, when - last
             last = when
 
@@ -347,10 +348,11 @@ def run_system(system: str, folder: Path, number: int, rounds: int, clients: int
             result.phases[phase].append(seconds)
     for line in lines.read_text().splitlines()[1:]:
         record = json.loads(line)
-        if "metrics" in record:
-            result.phases["in the ClientApp"].append(record["metrics"]["train-seconds"])
-        for phase, seconds in record.get("seconds", {}).items():
-            result.phases[f"server: {phase}"].append(seconds)
+        for name, seconds in record.get("metrics", {}).items():
+            if name.endswith("-seconds"):
+                result.phases[f"ClientApp: {name.removesuffix('-seconds')}"].append(seconds)
+        for name, seconds in record.get("seconds", {}).items():
+            result.phases[f"server: {name}"].append(seconds)
     return result
 
 
