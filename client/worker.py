@@ -2,9 +2,9 @@
 
 Flower's own ``flower-superexec`` starts a fresh interpreter for every message, which then imports
 PyTorch. This process takes its place (``flower-supernode --isolation process``): it imports what a
-message needs once, opens no accelerator and starts no thread, and forks. A message's process still
-is new and alone: what it breaks, it does not break for the next, and it imports the project's own
-modules from the app that the server shipped.
+message needs once, opens no accelerator and starts no thread, and forks. A message's process is still
+new and alone: what it breaks is not broken for the next, and it imports the project's own modules
+from the app that the server shipped.
 """
 
 import argparse

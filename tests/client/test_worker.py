@@ -279,6 +279,31 @@ def test_a_worker_ends_with_its_supernode(node, start_worker):
     assert worker.wait(20) == 0
 
 
+# In a process of its own: what is counted must not have been loaded before.
+LOADING = """
+import torch
+calls = []
+torch._C._cuda_getDeviceCount = torch.cuda.is_available = lambda: calls.append(1) or 0
+torch.cuda._lazy_init = lambda: calls.append(2)
+import os
+from pathlib import Path
+before = len(list(Path("/proc/self/task").iterdir()))  # OpenBLAS has its own, made for forks
+from client.worker import load
+load()
+print(len(calls), len(list(Path("/proc/self/task").iterdir())) - before, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_loading_asks_nothing_of_cuda_and_starts_no_thread():
+    # A driver that was asked before a fork, or a lock that a thread held, is broken after it.
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "0"]
+
+
 def test_the_projects_own_modules_are_looked_for_anew(monkeypatch):
     before = dict(sys.modules)
     try:
