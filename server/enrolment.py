@@ -77,7 +77,7 @@ def register(public_key: Path, name: str, superlink: str | None = None) -> bool:
         for device in _devices(control):
             if device.public_key == key and device.revoked:
                 raise EnrolmentError(
-                    f"The key {public_key} was revoked, and a SuperLink never takes a key twice: make a "
+                    f"The key {public_key} was revoked, and Flower never takes a key twice: make a "
                     f"new key on the device {name} and enrol that."
                 )
             if device.public_key == key and device.name != name:
