@@ -191,7 +191,7 @@ def devices_reach_nothing_but_the_fleet_api(deployment):
 
 
 def devices_hold_no_key_but_their_own(deployment):
-    search = "find / -xdev -name '*.key' -not -path '/proc/*'; ls -A /authority /tls /state"
+    search = "find / -xdev -name '*.key' 2>/dev/null; ls -A /authority /tls /state"
     found = deployment.docker("exec", deployment.container("client"), "sh", "-c", search)
     assert [line for line in found.split() if not line.endswith(":")] == []
     user = deployment.docker("exec", deployment.container("client"), "id", "-u")
