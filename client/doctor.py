@@ -35,8 +35,9 @@ from fedsmooth_core.config import TrainingPlan
 from fedsmooth_core.data import ClientData, folder_problems
 from fedsmooth_core.errors import ConfigError, DataError, FedSmoothError
 from fedsmooth_core.invitation import Invitation
+from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.models import ModelSpec, build_model
-from fedsmooth_core.training import DeviceLimits, local_train
+from fedsmooth_core.training import local_train
 
 _TIMED_STEPS = 3
 _GIB = 2**30

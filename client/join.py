@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from client.node import NodeFacts
 from fedsmooth_core.errors import ConfigError, NodeError
 
 _LEASE_SECONDS = 75.0
@@ -66,7 +67,7 @@ class Membership:
             raise ConfigError(
                 f"--server {self.server} is no address: give HOST:PORT, e.g. fl.example.org:443."
             )
-        _check_node_config(self.node_config)
+        NodeFacts.parse(self.node_config)
 
     def command(self, port: int) -> list[str]:
         """Return the SuperNode's command line."""
@@ -81,22 +82,6 @@ class Membership:
         if self.node_config:
             command += ["--node-config", self.node_config]
         return command
-
-
-def _check_node_config(node_config: str) -> None:
-    import click
-    from flwr.common.config import parse_config_args
-
-    # Flower passes over words that are no pair, and takes a text without quotes for a mistake.
-    try:
-        facts = parse_config_args([node_config])
-    except (click.ClickException, OSError, ValueError):
-        facts = {}
-    if node_config.strip() and not facts:
-        raise ConfigError(
-            f"--node-config {node_config!r} cannot be read: give key=value pairs separated by spaces, "
-            "texts in double quotes, e.g. --node-config 'data-path=\"/data/images\" threads=2'."
-        )
 
 
 def _flower_command(name: str) -> str:

@@ -1,20 +1,22 @@
 """What one machine knows about itself: the facts in its SuperNode's node configuration.
 
 Hyper-parameters are no facts of a machine: they come from the server alone, with every message.
+PyTorch is imported when a device is prepared, and no sooner: who only checks the facts need not wait.
 """
 
 import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from fedsmooth_core import wire
 from fedsmooth_core.config import Scalar
-from fedsmooth_core.device import choose_device
 from fedsmooth_core.errors import ConfigError
-from fedsmooth_core.training import DeviceLimits
+from fedsmooth_core.limits import DeviceLimits
+
+if TYPE_CHECKING:
+    import torch
 
 _KNOWN = (
     wire.PARTITION_ID,
@@ -120,12 +122,16 @@ class NodeFacts:
             )
         return cls.read(config)
 
-    def prepare(self) -> torch.device:
+    def prepare(self) -> "torch.device":
         """Set this process's threads and return the device to compute on.
 
         Raises:
             ConfigError: for a device that is not there, or that cannot do what the facts ask for.
         """
+        import torch
+
+        from fedsmooth_core.device import choose_device
+
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = choose_device(self.device)

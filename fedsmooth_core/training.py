@@ -13,6 +13,7 @@ from fedsmooth_core.config import TrainingPlan
 from fedsmooth_core.data import ClientData, training_batches
 from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import make_estimator
+from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.seeding import Purpose, torch_generator
 from fedsmooth_core.smoothing import draw_noise, log_smoothed_probability, noisy_logits
 
@@ -26,17 +27,6 @@ class LocalMetrics:
     loss: float
     accuracy: float
     """Share of noisy adversarial copies that the model in training classified correctly."""
-
-
-@dataclass(frozen=True)
-class DeviceLimits:
-    """What one device can do: facts of the machine, which change no hyper-parameter."""
-
-    max_batch: int | None = None
-    """Largest number of images (an image's m noisy copies count m) in one forward and backward pass;
-    None passes a whole mini-batch at once. Dividing one changes the result by rounding alone."""
-    bf16: bool = False
-    """Compute in bfloat16 where PyTorch's autocast does; weights and their updates stay float32."""
 
 
 def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ def test_the_command_is_flowers_with_the_worker_left_to_us(tmp_path):
         ({"server": "fl.example.org"}, "give HOST:PORT"),
         ({"node_config": "data-path=/data/images"}, "texts in double quotes"),
         ({"node_config": "threads"}, "texts in double quotes"),
+        ({"node_config": "sigma=3"}, "hyper-parameters come from the server alone"),
         ({"key": "missing"}, "--key missing is no file"),
         ({"key": "missing", "insecure": True}, "--insecure connects without TLS"),
     ],

@@ -5,7 +5,7 @@ import torch
 
 from client.node import NodeFacts
 from fedsmooth_core.errors import ConfigError
-from fedsmooth_core.training import DeviceLimits
+from fedsmooth_core.limits import DeviceLimits
 
 
 def refusal(node_config):

@@ -18,10 +18,10 @@ from fedsmooth_core.config import (
 from fedsmooth_core.data import ClientData
 from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import Stochastic
+from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.training import (
     LOSSES,
-    DeviceLimits,
     copies_cross_entropy,
     local_train,
     smoothed_loss,
