@@ -29,10 +29,11 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -115,6 +116,7 @@ _MARKS = {
     "Sending: train message": "answer",
     "Sent successfully": "send",
 }
+_PHASES = "median_seconds_by_phase"
 _STARTED = ("Start `flwr-clientapp` process", "Message taken")
 
 
@@ -271,9 +273,9 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _wait(ready: object, problem: str) -> None:
+def _wait(ready: Callable[[], bool], problem: str) -> None:
     end = time.monotonic() + START_SECONDS
-    while not ready():  # type: ignore[operator]
+    while not ready():
         if time.monotonic() > end:
             raise RuntimeError(problem)
         time.sleep(0.2)
@@ -304,7 +306,7 @@ def prepare(folder: Path) -> float:
     spec = ModelSpec("alexnet", "he", 10, 3, IMAGE_SIZE, IMAGE_SIZE)
     state = build_model(spec, [0.5] * 3, [0.2] * 3, torch.Generator()).state_dict()
     np.savez(folder / "model.npz", **{name: value.numpy() for name, value in state.items()})
-    return sum(value.nbytes for value in state.values()) / 1e6
+    return float(sum(value.nbytes for value in state.values())) / 1e6
 
 
 def run_system(system: str, folder: Path, number: int, rounds: int, clients: int) -> Rounds:
@@ -381,9 +383,9 @@ def facts() -> dict[str, object]:
     }
 
 
-def summarize(runs: dict[str, list[Rounds]]) -> dict[str, dict[str, object]]:
+def summarize(runs: dict[str, list[Rounds]]) -> dict[str, dict[str, Any]]:
     """Pool the runs of each system."""
-    table: dict[str, dict[str, object]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for system, results in runs.items():
         seconds = sorted(second for result in results for second in result.seconds)
         phases: dict[str, list[float]] = defaultdict(list)
@@ -398,15 +400,40 @@ def summarize(runs: dict[str, list[Rounds]]) -> dict[str, dict[str, object]]:
             "max_seconds": round(seconds[-1], 2),
             "median_of_each_run": [round(statistics.median(r.seconds), 2) for r in results],
             "load_before_each_run": [round(result.load_before, 2) for result in results],
-            "median_seconds_by_phase": {
+            _PHASES: {
                 phase: round(statistics.median(values), 3) for phase, values in phases.items()
             },
         }
     for row in table.values():
         if YARDSTICK in table:
             yardstick = table[YARDSTICK]["median_seconds"]
-            row[f"ratio_to_{YARDSTICK}"] = round(row["median_seconds"] / yardstick, 2)  # type: ignore[operator]
+            row[f"ratio_to_{YARDSTICK}"] = round(row["median_seconds"] / yardstick, 2)
     return table
+
+
+def round_table(table: dict[str, dict[str, Any]]) -> str:
+    """Render seconds a round as Markdown."""
+    ratio = f"ratio_to_{YARDSTICK}"
+    lines = [
+        f"| System | Seconds a round, median | Least to most | Ratio to `{YARDSTICK}` | Rounds |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for system, row in table.items():
+        spread = f"{row['min_seconds']} to {row['max_seconds']}"
+        numbers = f"{row['median_seconds']} | {spread} | {row.get(ratio, '')} | {row['rounds']}"
+        lines += [f"| `{system}` | {numbers} |"]
+    return "\n".join(lines)
+
+
+def phase_table(table: dict[str, dict[str, Any]]) -> str:
+    """Render seconds by phase as Markdown."""
+    phases = list(dict.fromkeys(phase for row in table.values() for phase in row[_PHASES]))
+    lines = [f"| Phase | {' | '.join(f'`{system}`' for system in table)} |"]
+    lines += ["|---" * (len(table) + 1) + "|"]
+    for phase in phases:
+        cells = (row[_PHASES].get(phase) for row in table.values())
+        lines += [f"| {phase} | {' | '.join('' if c is None else f'{c:.2f}' for c in cells)} |"]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -446,14 +473,7 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")
-    for system, row in table.items():
-        print(f"\n{system}: {json.dumps(row['median_seconds_by_phase'])}")
-    print(f"\n{'system':<12}{'rounds':>7}{'median s':>10}{'min':>7}{'max':>7}{'ratio':>7}")
-    for system, row in table.items():
-        print(
-            f"{system:<12}{row['rounds']:>7}{row['median_seconds']:>10.2f}{row['min_seconds']:>7.2f}"
-            f"{row['max_seconds']:>7.2f}{row.get(f'ratio_to_{YARDSTICK}', float('nan')):>7.2f}"
-        )
+    print(f"\n{phase_table(table)}\n\n{round_table(table)}\n")
     print(f"{options.clients} clients, {megabytes:.1f} MB each way; written to {options.output}")
 
 

@@ -29,4 +29,4 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path):
         assert row["rounds"] == 2
         assert row["median_seconds"] > 0
         assert {"idle", "receive", "answer", "send"} <= row["median_seconds_by_phase"].keys()
-    assert "median s" in done.stdout
+    assert "Seconds a round" in done.stdout
