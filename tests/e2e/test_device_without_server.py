@@ -20,7 +20,7 @@ GUARD = """
         guarded.write(" ".join(sys.orig_argv) + chr(10))
 """
 
-pytestmark = [pytest.mark.slow, needs_proc, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, needs_proc]
 
 
 @pytest.fixture
