@@ -198,8 +198,8 @@ class Supervisor:
                 )
             restarts, last_reason = restarts + 1, reason
             self._say(
-                f"The run died after {self._so_far()} ({reason}). Submitting it again, "
-                f"{restarts} of {self._max_restarts} times without a new round."
+                f"The run died after {self._so_far()}: {reason.rstrip('.')}. Submitting it again (restart "
+                f"{restarts} of {self._max_restarts} without a new round)."
             )
             self._wait_for_release()
             self._run_id = None
