@@ -229,6 +229,12 @@ class Examination:
                 self._sound("key", f"{path} is of the right kind and for this user alone.")
         if questions.server is None:
             return
+        if questions.key is None:
+            self._problem(
+                "key",
+                "No key was given, and a server takes enrolled devices alone: have this device's key enrolled, "
+                "and give it with --key.",
+            )
         text = questions.server
         with self._watch(f"Asking {text} ..."):
             address = self._check("server", lambda: self._reach(Address.parse(text)))

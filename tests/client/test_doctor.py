@@ -236,6 +236,19 @@ def test_the_server_is_asked_last(federation, tmp_path):
     assert [finding.sound for finding in last] == [True, True, True, False]
 
 
+def test_a_device_without_a_key_is_not_told_that_it_can_join(federation, tmp_path):
+    authority = Authority(tmp_path)
+    with serving(authority.certify("127.0.0.1")) as port:
+        found = problems(
+            federation,
+            own(write_images(tmp_path / "own")),
+            server=f"127.0.0.1:{port}",
+            root_certificates=authority.certificate,
+        )
+    assert set(found) == {"key"}
+    assert "--key" in found["key"]
+
+
 def test_problems_of_the_connection_do_not_hide_each_other(federation, tmp_path):
     (tmp_path / "key").write_text("no key")
     found = problems(federation, "sigma=1", server="nowhere", key=tmp_path / "key")
