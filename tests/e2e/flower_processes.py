@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -17,8 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.clientapp import ClientApp
+from rich.console import Console
 
+import client.app
 from fedsmooth_core.checkpoint import load_checkpoint
+from server.certificates import ensure_certificates
+from server.configuration import compose
+from server.federation import run_federation
+from server.simulation import InProcessGrid, quiet_flower
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -55,19 +63,25 @@ def flower_environment(folder, connection):
     }
 
 
-def processes_of(folder):
-    """Return the ids of the processes whose environment names this folder."""
+def processes_of(folder, homes=None, word=""):
+    """Return the ids of the processes whose environment names this folder.
+
+    Only those with one of these homes, if given, and of those only the ones with a word in their command.
+    """
     mark = f"{_MARK}={folder}".encode()
+    wanted = None if homes is None else {f"FLWR_HOME={home}".encode() for home in homes}
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
         try:
             environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_text()
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError):  # gone by now, or somebody else's
             continue
-        if mark in environment and state != "Z":
+        is_at_home = wanted is None or not wanted.isdisjoint(environment)
+        if mark in environment and is_at_home and word in command and state != "Z":
             found.append(int(process.name))
     return found
 
@@ -85,37 +99,79 @@ def stop_processes_of(folder):
 
 
 class Deployment:
-    """A SuperLink on a loopback port, and devices that join it."""
+    """A SuperLink on a loopback port, and devices that join it.
 
-    def __init__(self, folder):
+    Args:
+        folder: of this deployment alone.
+        secure: with TLS and enrolled device keys; else with neither.
+    """
+
+    def __init__(self, folder, secure=False):
         self.folder = folder
+        self.secure = secure
         self.port = free_port()
-        self.environment = flower_environment(
-            folder, f'address = "127.0.0.1:{self.port}"\ninsecure = true'
-        )
-        options = f"--insecure --host=127.0.0.1 --port={self.port}".split()
-        self.start(
-            "superlink", "flower-superlink", *options, "--disable-runtime-dependency-installation"
-        )
-        self._wait()
+        self.address = f"127.0.0.1:{self.port}"
+        self.authority = folder / "tls" / "ca.crt"
+        trust = f'root-certificates = "{self.authority}"' if secure else "insecure = true"
+        self.environment = flower_environment(folder, f'address = "{self.address}"\n{trust}')
+        if secure:
+            ensure_certificates(folder / "tls", ["127.0.0.1"])
+        self.superlink = self.start_superlink()
 
-    def join(self, name, node_config):
+    def start_superlink(self):
+        """Start the SuperLink, or start it anew with the same database, and wait until it answers."""
+        options = [f"--host=127.0.0.1 --port={self.port} --database={self.folder / 'state.db'}"]
+        if self.secure:
+            tls = self.folder / "tls"
+            options += [f"--ssl-ca-certfile={tls / 'ca.crt'} --ssl-certfile={tls / 'server.crt'}"]
+            options += [f"--ssl-keyfile={tls / 'server.key'} --enable-supernode-auth"]
+        else:
+            options += ["--insecure"]
+        options += ["--disable-runtime-dependency-installation"]
+        self.superlink = self.start("superlink", "flower-superlink", *" ".join(options).split())
+        wait_for(self._answers, 60, self.log("superlink"))
+        return self.superlink
+
+    def join(self, name, node_config="", credentials=None):
         """Start Flower's own SuperNode."""
-        address = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
-        own_port = ["--port", str(free_port())]
-        facts = ["--node-config", node_config]
-        return self.start(name, "flower-supernode", "--insecure", *address, *own_port, *facts)
+        options = ["--host", "127.0.0.1", "--port", str(free_port())]
+        # It reads the same names as `fedsmooth join`, but for these two.
+        other = {"--server": "--superlink", "--key": "--auth-supernode-private-key"}
+        options += [other.get(word, word) for word in self._membership(name, credentials)]
+        facts = ["--node-config", node_config] if node_config else []
+        return self.start(name, "flower-supernode", *options, *facts)
 
-    def join_warm(self, name, node_config):
+    def join_warm(self, name, node_config="", credentials=None):
         """Start `fedsmooth join`."""
-        address = ["--server", f"127.0.0.1:{self.port}", "--insecure"]
-        return self.start(name, "fedsmooth", "join", *address, "--node-config", node_config)
+        options = self._membership(name, credentials)
+        facts = ["--node-config", node_config] if node_config else []
+        return self.start(name, "fedsmooth", "join", *options, *facts)
+
+    def _membership(self, name, credentials):
+        if credentials is None:
+            credentials = ["--insecure"]
+            if self.secure:
+                key = self.folder / "keys" / name
+                credentials = ["--root-certificates", self.authority, "--key", key]
+        return ["--server", self.address, *map(str, credentials)]
+
+    def fedsmooth(self, *words, succeeds=True):
+        """Run a command of the server's operator to its end; return what it printed."""
+        done = subprocess.run(
+            [str(BIN / "fedsmooth"), *map(str, words)],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def start(self, name, command, *arguments):
-        """Start a process with a home of its own; its output goes to NAME.log."""
+        """Start a process with a home of its own; its output is added to NAME.log."""
         home = self.folder / name
-        home.mkdir()
-        with self.log(name).open("w") as log:
+        home.mkdir(exist_ok=True)
+        with self.log(name).open("a") as log:
             return subprocess.Popen(
                 [str(BIN / command), *arguments],
                 env=self.environment | {"FLWR_HOME": str(home)},
@@ -124,33 +180,70 @@ class Deployment:
                 stderr=subprocess.STDOUT,
             )
 
+    def kill(self, *names, word=""):
+        """Send SIGKILL to these members' processes (with a word in their command); see them gone."""
+        homes = {self.folder / name for name in names}
+        left = processes_of(self.folder, homes, word)
+        assert left, f"no process of {names} is left to kill"
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        wait_for(lambda: not set(left) & set(processes_of(self.folder)), 30)
+
     def log(self, name):
         return self.folder / f"{name}.log"
 
-    def _wait(self):
-        end = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
-                    return
-            except OSError:
-                assert time.monotonic() < end, self.log("superlink").read_text()
-                time.sleep(0.3)
+    def says(self, name, text):
+        """Whether a member has printed this."""
+        return self.log(name).exists() and text in self.log(name).read_text()
+
+    def _answers(self):
+        scheme = "https" if self.secure else "http"
+        trust = ssl.create_default_context(cafile=self.authority) if self.secure else None
+        try:
+            url = f"{scheme}://{self.address}/health"
+            with urllib.request.urlopen(url, timeout=2, context=trust):
+                return True
+        except OSError:
+            return False
 
 
-def flwr_run(environment, overrides, log, *options):
-    """Submit the app and wait for its end; `flwr run` exits with 0 whatever happened to it."""
-    run_config = f'overrides="{" ".join(overrides)}"'
-    command = [BIN / "flwr", "run", REPOSITORY, "test", *options, "--run-config", run_config]
+@contextlib.contextmanager
+def running_deployment(folder, secure=False):
+    """Start a SuperLink; at the end stop it and all that joined it."""
+    try:
+        yield Deployment(folder, secure)
+    finally:
+        left = stop_processes_of(folder)
+    assert left == []
+
+
+def wait_for(condition, seconds, log=None):
+    """Return what ``condition`` returns, once that is true; show the end of a log if it never is."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        said = log.read_text()[-3000:] if log and log.exists() else condition
+        assert time.monotonic() < end, f"after {seconds} s not: {said}"
+        time.sleep(0.1)
+    return result
+
+
+def flwr_start(environment, overrides, log, *options, app=REPOSITORY):
+    """Submit the app; the process returned shows its log and ends with the run, always with status 0."""
+    # In a file, for Flower's own reading of the command line knows no quotes within quotes.
+    settings = log.with_suffix(".toml")
+    settings.write_text(f"overrides = {json.dumps(' '.join(overrides))}\n")
+    command = [BIN / "flwr", "run", app, "test", *options, "--run-config", settings, "--stream"]
     with log.open("w") as out:
-        subprocess.run(
-            [*map(str, command), "--stream"],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            timeout=300,
-            check=True,
+        return subprocess.Popen(
+            [*map(str, command)], env=environment, stdout=out, stderr=subprocess.STDOUT
         )
+
+
+def flwr_run(environment, overrides, log, *options, app=REPOSITORY):
+    """Submit the app and wait for its end; `flwr run` exits with 0 whatever happened to it."""
+    process = flwr_start(environment, overrides, log, *options, app=app)
+    assert process.wait(300) == 0, log.read_text()[-3000:]
 
 
 def simulate_in_process(overrides, run_dir):
@@ -164,8 +257,36 @@ def simulate_in_process(overrides, run_dir):
     )
 
 
+def simulate_the_good(overrides, run_dir, answers):
+    """Train in this process, where only those clients answer that ``answers`` (by round) names."""
+    app = ClientApp()
+    app.query()(client.app.describe)
+
+    @app.train()
+    def train(message, context):
+        server_round = message.content["config"]["server-round"]
+        if context.node_config["partition-id"] not in answers[server_round]:
+            raise RuntimeError("not one of the good")
+        return client.app.train(message, context)
+
+    config = compose([*overrides, f"run_dir={run_dir}"])
+    grid = InProcessGrid(config.partition.num_clients, client_app=app)
+    quiet_flower()
+    run_federation(config, grid, Console(quiet=True), [])
+
+
 def rounds(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The run's recorded rounds so far; a last line that is being written is not one yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def assert_same_weights(run_dir, other, num_rounds, **tolerance):
+    """The models after the last round are equal, to float tolerance unless another is given."""
+    name = f"checkpoints/round-{num_rounds:04d}.safetensors"
+    theirs, mine = (load_checkpoint(run / name).state for run in (run_dir, other))
+    torch.testing.assert_close(theirs, mine, **({"rtol": 1e-4, "atol": 1e-6} | tolerance))
 
 
 def assert_same_training(run_dir, other, num_rounds):
@@ -178,6 +299,4 @@ def assert_same_training(run_dir, other, num_rounds):
         loss = here["metrics"]["train-loss"]
         assert there["metrics"]["train-loss"] == pytest.approx(loss, rel=1e-4)
         assert there["update_norm"] == pytest.approx(here["update_norm"], rel=1e-4)
-    name = f"checkpoints/round-{num_rounds:04d}.safetensors"
-    theirs, mine = (load_checkpoint(run / name).state for run in (run_dir, other))
-    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+    assert_same_weights(run_dir, other, num_rounds)

@@ -5,13 +5,11 @@ import json
 import numpy as np
 import pytest
 from flower_processes import (
-    Deployment,
     assert_same_training,
     flwr_run,
     needs_proc,
     rounds,
     simulate_in_process,
-    stop_processes_of,
 )
 from PIL import Image
 
@@ -32,16 +30,6 @@ OVERRIDES = [
 ]
 
 pytestmark = [pytest.mark.slow, needs_proc, pytest.mark.timeout(500)]
-
-
-@pytest.fixture
-def deployment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deployment")
-    try:
-        yield Deployment(folder)
-    finally:
-        left = stop_processes_of(folder)
-    assert left == []
 
 
 def finish(deployment, overrides, run_dir, log):
