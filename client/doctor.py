@@ -232,8 +232,8 @@ class Examination:
         if questions.key is None:
             self._problem(
                 "key",
-                "No key was given, and a server takes enrolled devices alone: have this device's key enrolled, "
-                "and give it with --key.",
+                "No key was given, and a server takes enrolled devices alone: have this device's key "
+                "enrolled, and give it with --key.",
             )
         text = questions.server
         with self._watch(f"Asking {text} ..."):
