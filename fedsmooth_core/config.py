@@ -65,8 +65,9 @@ FILE_NAME = Allowed(
 
 HOST_AND_PORT = Allowed(
     "HOST:PORT with a port in 1 to 65535, e.g. 127.0.0.1:9464",
-    lambda value: re.fullmatch(r".+:\d{1,5}", value) is not None
-    and 0 < int(value.rpartition(":")[2]) < 2**16,
+    lambda value: (
+        re.fullmatch(r".+:\d{1,5}", value) is not None and 0 < int(value.rpartition(":")[2]) < 2**16
+    ),
 )
 
 
