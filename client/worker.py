@@ -72,11 +72,13 @@ class Worker:
         Raises:
             SystemExit: when a message was left in a state that only a new SuperNode gets out of.
         """
+        task, token = 0, ""
         while self._wanted():
-            task, token = self._acquire()
+            if not token:
+                task, token = self._acquire()
             if token:
                 log(INFO, "Message taken (task %d)", task)
-                self._answer(task, token)
+                task, token = self._answer(task, token)
             else:
                 time.sleep(_POLL_SECONDS)
 
@@ -101,20 +103,30 @@ class Worker:
             return 0, ""
         return response.task.task_id, response.token
 
-    def _answer(self, task: int, token: str) -> None:
+    def _answer(self, task: int, token: str) -> tuple[int, str]:
+        """Have one message answered; return the next one if that came meanwhile, or an empty token."""
         fork = multiprocessing.get_context("fork")
         notes, telling = fork.Pipe(duplex=False)
         child = fork.Process(target=answer_message, args=(self._address, token, telling))
         child.start()
         telling.close()
+        given_up, newer = False, (0, "")
         try:
-            while child.exitcode is None and self._wanted():
+            while child.exitcode is None and self._wanted() and not given_up:
                 child.join(_POLL_SECONDS)
+                # A SuperNode takes one message after another: when it offers the next before this one's
+                # tensors are there, it lost its server over them, and they never come.
+                if not newer[1] and child.exitcode is None and not notes.poll():
+                    newer = self._acquire()
+                    given_up = bool(newer[1]) and not notes.poll()
         finally:
             _end(child)
         heard = _read_all(notes)
+        if given_up:
+            log(INFO, "A message that the SuperNode gave up is left (task %d)", task)
+            return newer
         if len(heard) == _ANSWERED or not self._wanted():
-            return
+            return newer
         log(WARNING, "A message's process ended without an answer (exit code %s).", child.exitcode)
         try:
             if len(heard) > _TAKEN:
@@ -123,6 +135,7 @@ class Worker:
         except (httpx.HTTPError, RuntimeError) as error:
             # The SuperNode believes the task done and waits for its answer without end.
             sys.exit(f"The SuperNode has to be started anew: {error}.")
+        return newer
 
     def _refuse(self, task: int, token: str, taken: bytes, reason: str) -> None:
         """Tell the server now; Flower by itself would notice after a minute, or not at all."""

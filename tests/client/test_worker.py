@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(120),
 ]
 
-RUN_ID, NODE_ID = 7, 11
+RUN_ID, NEXT_RUN_ID, NODE_ID = 7, 8, 11
 
 PYPROJECT = """
 [build-system]
@@ -96,14 +96,15 @@ class Node:
         self.state = factory.state()
         self.state.set_node_id(NODE_ID)
         self.state.store_fab(Fab(digest, content, {}))
-        run = Run.create_empty(RUN_ID)
-        run.fab_id, run.fab_version, run.fab_hash = "test/small", "1.0.0", digest
-        run.series_id = 1
-        self.state.store_run(run)
-        context = Context(
-            run_id=RUN_ID, node_id=NODE_ID, node_config={}, state=RecordDict(), run_config={}
-        )
-        self.state.set_run_series_context(1, context)
+        for run_id in (RUN_ID, NEXT_RUN_ID):
+            run = Run.create_empty(run_id)
+            run.fab_id, run.fab_version, run.fab_hash = "test/small", "1.0.0", digest
+            run.series_id = run_id
+            self.state.store_run(run)
+            context = Context(
+                run_id=run_id, node_id=NODE_ID, node_config={}, state=RecordDict(), run_config={}
+            )
+            self.state.set_run_series_context(run_id, context)
         self._digest = digest
         self._server = uvicorn.Server(
             uvicorn.Config(create_app(state_factory=factory), log_level="warning")
@@ -114,18 +115,18 @@ class Node:
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
         self._thread.start()
 
-    def ask(self, wish):
-        """Hand a message to whoever works for this node."""
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, 1, 1
+    def ask(self, wish, run_id=RUN_ID, whole=True):
+        """Hand a message to whoever works for this node; without its parts, unless it is ``whole``."""
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
         content = RecordDict({"config": ConfigRecord({"wish": wish})})
         message = Message(content, NODE_ID, "train")
         message.metadata.__dict__["_message_id"] = message.object_id
         with no_object_id_recompute():
-            self.state.object_store.preregister(RUN_ID, get_object_tree(message))
-            for object_id, part in get_all_nested_objects(message).items():
+            self.state.object_store.preregister(run_id, get_object_tree(message))
+            for object_id, part in get_all_nested_objects(message).items() if whole else ():
                 self.state.object_store.put(object_id, part.deflate())
         self.state.store_message(message)
-        self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=RUN_ID, fab_hash=self._digest)
+        self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=run_id, fab_hash=self._digest)
         return message.metadata.message_id
 
     def answer(self, question, seconds=30.0):
@@ -241,6 +242,17 @@ def test_a_process_killed_before_it_took_its_message_is_told_of_too(node, start_
     assert node.answer(question).error.code == ErrorCode.CLIENT_APP_CRASHED
     node.state.get_run = get_run
     assert node.answer(node.ask("answer")).content["facts"]["process"]
+
+
+def test_a_message_that_the_supernode_gave_up_holds_up_no_other(node, start_worker):
+    """Its server died while the message's tensors were on their way; a new run asks the next thing."""
+    worker = start_worker()
+    node.ask("answer", whole=False)
+    eventually(lambda: children_of(worker.pid))
+    assert node.answer(node.ask("answer", NEXT_RUN_ID)).content["facts"]["process"]
+    assert node.answer(node.ask("answer", NEXT_RUN_ID)).content["facts"]["process"]
+    eventually(lambda: children_of(worker.pid) == [])
+    assert worker.poll() is None
 
 
 @pytest.mark.slow
