@@ -35,3 +35,7 @@ class KeyFileError(FedSmoothError):
 
 class EnrolmentError(FedSmoothError):
     """A device cannot be enrolled or revoked."""
+
+
+class UnansweredError(EnrolmentError):
+    """The SuperLink does not answer now: asking again later may help."""

@@ -24,7 +24,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedsmooth_core.config import FILE_NAME
-from fedsmooth_core.errors import EnrolmentError
+from fedsmooth_core.errors import EnrolmentError, UnansweredError
 from fedsmooth_core.keys import make_key, read_public_key
 
 __all__ = ["Device", "enrolled", "make_key", "register", "revoke"]
@@ -152,7 +152,7 @@ def _superlink(
                 f"The certificate of the SuperLink at {address} was not made by the root-certificates of "
                 "its connection in Flower's config.toml: give the SuperLink's ca.crt there."
             ) from error
-        raise EnrolmentError(
+        raise UnansweredError(
             f"The SuperLink at {address} does not answer ({error}): start it, or correct its address in "
             "Flower's config.toml."
         ) from error
