@@ -1,6 +1,7 @@
 """What fails in a federation of real processes, is killed or comes late, and what becomes of the run."""
 
 import json
+import re
 
 import pytest
 from flower_processes import (
@@ -77,7 +78,9 @@ def test_a_round_goes_on_without_a_supernode_that_was_killed(deployment, tmp_pat
     assert lines[0]["aggregated"] == [0, 1, 2]
     assert lines[-1]["aggregated"] == [0, 1]
     (refused,) = (refusal for line in lines for refusal in line["refused"])
-    assert refused == {"client": 2, "reason": "no reply came in time"}
+    assert refused["client"] == 2
+    # Whichever is first: the deadline, or Flower's notice of a heart that does not beat (30 to 60 s).
+    assert re.search("no reply came in time|Node Unavailable", refused["reason"])
 
 
 def test_a_device_that_comes_late_takes_part_from_then_on(deployment, tmp_path):
