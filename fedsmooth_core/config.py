@@ -277,7 +277,7 @@ class FederationConfig(Section):
     takes the replies that come first, so its model depends on who is fast."""
     quorum: float = setting(0.5, above_up_to(0, 1))
     """Share of the cohort whose good replies a round needs (at least one); with fewer it is tried again."""
-    deadline_seconds: float = setting(3600.0, above(0))
+    deadline_seconds: float = setting(600.0, above(0))
     """A client that has not answered by then is left out of the attempt."""
     attempts: int = setting(3, at_least(1))
     """How often a round is tried, each time with a new cohort, before it is over with the old model."""
@@ -292,7 +292,8 @@ class FederationConfig(Section):
     others; null takes the size of the server's own training set."""
     connect_timeout_seconds: float = setting(300.0, above(0))
     """How long the server waits for all of ``partition.num_clients`` before the first round (then it goes
-    on with a quorum), and for a quorum before any round (then the run ends, and can be resumed)."""
+    on with a quorum), and for a quorum before any round (then the run ends, and can be resumed). A resumed
+    run waits for as many as there were, for 75 s at most."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from server.roster import Roster
 from server.run_directory import RunDirectory
 from server.strategy import SmoothAdvFedAvg
 
+_RECONNECT_SECONDS = 75.0
+"""A node that outlived an interruption is back by then: Flower's lease is 60 s."""
+
 
 def run_federation(
     config: RunConfig, grid: Grid, console: Console, observers: Sequence[Observer]
@@ -58,8 +61,17 @@ def _strategy(recorder: Recorder) -> SmoothAdvFedAvg:
     # A resumed run leaves out whom the interrupted one would have left out, and waits for as many.
     rounds = run.read_metrics()
     conduct.replay(rounds)
-    num_awaited = rounds[-1]["num_connected"] if rounds else config.partition.num_clients
-    max_num_examples = config.federation.max_num_examples or size
+    num_awaited, patience = config.partition.num_clients, config.federation.connect_timeout_seconds
+    if rounds:
+        num_awaited = rounds[-1].get("num_connected", num_awaited)
+        patience = min(patience, _RECONNECT_SECONDS)
     return SmoothAdvFedAvg(
-        config, recorder.spec, names, max_num_examples, roster, conduct, num_awaited
+        config,
+        recorder.spec,
+        names,
+        config.federation.max_num_examples or size,
+        roster,
+        conduct,
+        num_awaited,
+        patience,
     )

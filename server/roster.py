@@ -45,20 +45,23 @@ class Roster:
         self._questions: Questions = {}
         self._refused: dict[int, tuple[str, float]] = {}
 
-    def wait(self, grid: Grid, num_wanted: int, num_needed: int, timeout: float) -> dict[int, int]:
+    def wait(
+        self, grid: Grid, num_wanted: int, num_needed: int, patience: float, timeout: float
+    ) -> dict[int, int]:
         """Return {client: node id} of all that are connected, once they are ``num_wanted``.
 
-        After ``timeout`` seconds ``num_needed`` will do.
+        After ``patience`` seconds ``num_needed`` will do.
 
         Raises:
-            TrainingError: when not even those are there then.
+            TrainingError: when not even those are there after ``timeout`` seconds.
         """
-        end = time.monotonic() + timeout
+        started = time.monotonic()
         said = -1
         while len(nodes := self.refresh(grid)) < num_wanted:
-            if time.monotonic() > end:
-                if len(nodes) >= num_needed:
-                    break
+            waited = time.monotonic() - started
+            if len(nodes) >= num_needed and waited > patience:
+                break
+            if waited > timeout:
                 reasons = {reason for reason, _ in self._refused.values()}
                 also = f" Nodes were refused: {'; '.join(sorted(reasons))}." if reasons else ""
                 raise TrainingError(

@@ -115,8 +115,8 @@ class RunDirectory:
         append_durably(self.metrics, json.dumps(line))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the rounds so far; a line that a crash cut short is left out."""
-        return _read_lines(self.metrics)
+        """Return the rounds so far; what says nothing of a round is left out, as a crash may leave it."""
+        return [line for line in _read_lines(self.metrics) if isinstance(line.get("round"), int)]
 
     def read_clients(self) -> dict[int, int]:
         """Return {client number: Flower node id}, as far as an earlier process knew them."""
@@ -138,9 +138,12 @@ class RunDirectory:
         write_atomically(self.path / _ASKED, json.dumps(asked).encode())
 
     def read_asked(self) -> dict[str, Any] | None:
-        """Return what :meth:`write_asked` wrote last."""
-        lines = _read_lines(self.path / _ASKED)
-        return lines[0] if lines else None
+        """Return what :meth:`write_asked` wrote last; None if that is not readable."""
+        for line in _read_lines(self.path / _ASKED):
+            match line:
+                case {"round": int(), "attempt": int(), "cohort": list(), "since": float() | int()}:
+                    return line
+        return None
 
     def is_in_use(self) -> bool:
         """Whether a process works on the run now."""
@@ -151,10 +154,7 @@ class RunDirectory:
 
     def forget_rounds_after(self, server_round: int) -> None:
         """Drop the lines of rounds that a resumed run will do again."""
-        rounds = ((line.get("round"), line) for line in self.read_metrics())
-        kept = [
-            line for number, line in rounds if isinstance(number, int) and number <= server_round
-        ]
+        kept = [line for line in self.read_metrics() if line["round"] <= server_round]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.metrics, text.encode())
 

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.errors import FedSmoothError
 from server import configuration
+from server.certifier import failure_path, is_certified
 from server.conduct import Conduct
-from server.report import Curve, load_curve, print_table, table_radii
+from server.report import ROWS_IN_RUN, Curve, load_curve, print_table, table_radii
 from server.run_directory import RunDirectory
 
 _ROUNDS_SHOWN = 8
@@ -48,7 +48,8 @@ class Status:
     """How a run stands."""
 
     state: str
-    """``running`` (a process works on it), ``finished`` or ``interrupted``."""
+    """``running`` (a process works on it), ``interrupted``, ``trained`` (but not certified) or
+    ``finished`` (certified, too)."""
     completed_rounds: int
     num_rounds: int
     asked: dict[str, Any] | None
@@ -56,32 +57,42 @@ class Status:
     rounds: list[dict[str, Any]]
     clients: list[ClientRecord]
     certified_images: int
-    """Of the last certified round."""
+    """Of the last round that has any."""
+    certification_failure: str | None
+    """Why a certifier gave the final model up."""
 
 
 def read_status(path: Path) -> Status:
     """Read a run's directory, whether a process works on it or not.
 
     Raises:
-        ConfigError: when it holds no run.
+        FedSmoothError: when it holds no run, or its records are damaged.
     """
     config = configuration.load(path)
     run = RunDirectory(path)
     rounds = run.read_metrics()
-    completed = int(rounds[-1]["round"]) if rounds else 0
+    completed = rounds[-1]["round"] if rounds else 0
+    last = config.federation.num_rounds
     asked = run.read_asked()
     is_running = run.is_in_use()
-    if not is_running or (asked and int(asked["round"]) <= completed):
+    if not is_running or (asked and asked["round"] <= completed):
         asked = None
+    state = "interrupted"
+    if is_running:
+        state = "running"
+    elif completed >= last:
+        state = "finished" if is_certified(run, last) else "trained"
+    failure = failure_path(run, last)
     curve = _curve(path)
     return Status(
-        "running" if is_running else _rest(config, run, completed),
+        state,
         completed,
-        config.federation.num_rounds,
+        last,
         asked,
         rounds,
         _clients(config, rounds, completed),
         len(curve.rows) if curve else 0,
+        failure.read_text().strip() if failure.is_file() else None,
     )
 
 
@@ -95,38 +106,29 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
     if as_json:
         console.file.write(json.dumps(asdict(status), indent=2) + "\n")
         return
-    console.print(
-        f"{path}: {status.state}, {status.completed_rounds} of {status.num_rounds} rounds done.",
-        soft_wrap=True,
-        markup=False,
-    )
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    say(f"{path}: {status.state}, {status.completed_rounds} of {status.num_rounds} rounds done.")
     if status.asked:
-        ago = max(0.0, time.time() - float(status.asked["since"]))
-        console.print(
+        ago = max(0.0, time.time() - status.asked["since"])
+        say(
             f"Round {status.asked['round']}, attempt {status.asked['attempt']}: asked clients "
-            f"{status.asked['cohort']} {ago:.0f} s ago.",
-            soft_wrap=True,
-            markup=False,
+            f"{status.asked['cohort']} {ago:.0f} s ago."
         )
     if status.rounds:
         _print_rounds(status.rounds[-_ROUNDS_SHOWN:], console)
     if status.clients:
         _print_clients(status.clients, console)
     curve = _curve(path)
-    if curve is None:
-        console.print("Nothing is certified yet.")
-    else:
+    if curve is not None:
         radius_step = configuration.load(path).certification.radius_step
         print_table([curve], table_radii([curve], radius_step), console)
-
-
-def _rest(config: RunConfig, run: RunDirectory, completed: int) -> str:
-    """Return what a run is that no process works on."""
-    last = config.federation.num_rounds
-    is_certified = (run.certification(last) / "summary.json").is_file()
-    if completed >= last and (is_certified or not config.certification.at_end):
-        return "finished"
-    return "interrupted"
+    if status.certification_failure:
+        say(f"The certification failed: {status.certification_failure}")
+    elif status.state != "finished":
+        say("The final model is not certified yet.")
 
 
 def _clients(config: RunConfig, rounds: list[dict[str, Any]], completed: int) -> list[ClientRecord]:
@@ -145,10 +147,11 @@ def _clients(config: RunConfig, rounds: list[dict[str, Any]], completed: int) ->
 
 
 def _curve(path: Path) -> Curve | None:
-    try:
-        return load_curve(path)
-    except FedSmoothError:  # no certificate yet
+    """Return the last certificates of a run, or None as long as there is none."""
+    files = sorted(path.glob(ROWS_IN_RUN))
+    if not files or files[-1].read_bytes().count(b"\n") < 2:  # the first line names the columns
         return None
+    return load_curve(path)
 
 
 def _print_rounds(rounds: list[dict[str, Any]], console: Console) -> None:
@@ -160,9 +163,10 @@ def _print_rounds(rounds: list[dict[str, Any]], console: Console) -> None:
     for line in rounds:
         seconds = line.get("seconds", {})
         table.add_row(
-            *(str(line["round"]), str(len(line["cohort"])), str(len(line["aggregated"]))),
-            *(str(len(line["refused"])), str(line["attempts"])),
-            _number(line["metrics"].get("train-loss"), ".3f"),
+            str(line["round"]),
+            *(str(len(line.get(key, []))) for key in ("cohort", "aggregated", "refused")),
+            str(line.get("attempts", "")),
+            _number(line.get("metrics", {}).get("train-loss"), ".3f"),
             *(_number(line.get(f"{kind}-accuracy"), ".1%") for kind in ("clean", "noisy")),
             *(_number(seconds.get(phase), ".1f") for phase in _PHASES),
         )

@@ -36,6 +36,8 @@ from server.sampling import sample_cohort
 # and Flower has the device count down.
 _CLOCK_TOLERANCE_SECONDS = 300.0
 
+_LOG_SECONDS = 60.0
+
 
 class _GoodReply(NamedTuple):
     message: Message
@@ -53,6 +55,7 @@ class SmoothAdvFedAvg(FedAvg):
         max_num_examples: what a reply may claim at most.
         num_awaited: clients to wait for before the first round, so that cohorts are drawn from the same
             clients in every runtime; later a quorum will do.
+        patience_seconds: how long to wait for those beyond a quorum.
 
     Attributes:
         trained: what the current round, or the last one, did.
@@ -67,13 +70,14 @@ class SmoothAdvFedAvg(FedAvg):
         roster: Roster,
         conduct: Conduct,
         num_awaited: int,
+        patience_seconds: float,
     ) -> None:
         super().__init__()
         self.config = config
         self.trained = TrainedRound()
         self._roster = roster
         self._conduct = conduct
-        self._num_awaited = num_awaited
+        self._num_awaited, self._patience = num_awaited, patience_seconds
         self._aggregate = Aggregator(config.aggregation)
         self._exchange = Exchange(self._receive_late)
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
@@ -84,7 +88,7 @@ class SmoothAdvFedAvg(FedAvg):
         self._global: Mapping[str, Tensor] = {}
         self._asked: dict[int, Metadata] = {}
         self._good: dict[int, _GoodReply] = {}
-        self._sent_at = 0.0
+        self._sent_at = self._log_at = 0.0
 
     def summary(self) -> None:
         """Log what is averaged over whom."""
@@ -113,7 +117,7 @@ class SmoothAdvFedAvg(FedAvg):
                 messages,
                 self.config.federation.deadline_seconds,
                 self._receive,
-                self._has_enough,
+                self._is_over,
             )
             for phase, seconds in spent.items():
                 self._add_seconds(phase, seconds)
@@ -164,7 +168,7 @@ class SmoothAdvFedAvg(FedAvg):
             messages.append(message)
             # Flower sets a message's id when it is sent: the metadata object is kept, not a copy.
             self._asked[client] = message.metadata
-        self._sent_at = time.perf_counter()
+        self._sent_at, self._log_at = time.perf_counter(), _LOG_SECONDS
         return messages
 
     def _connected(self, grid: Grid) -> dict[int, int]:
@@ -174,7 +178,8 @@ class SmoothAdvFedAvg(FedAvg):
         self._exchange.collect_late(grid)
         needed = self.config.quorum_size
         timeout = self.config.federation.connect_timeout_seconds
-        nodes = self._roster.wait(grid, max(self._num_awaited, needed), needed, timeout)
+        wanted = max(self._num_awaited, needed)
+        nodes = self._roster.wait(grid, wanted, needed, self._patience, timeout)
         self._num_awaited = 0
         self.trained.num_connected = len(nodes)
         if len(nodes) < self.config.partition.num_clients:
@@ -272,6 +277,23 @@ class SmoothAdvFedAvg(FedAvg):
         if client is not None:
             log(INFO, "Client %d: %s.", client, reason)
             self.trained.late.append(Refusal(client, reason))
+
+    def _is_over(self) -> bool:
+        """Whether no more replies are needed; asked all the time, so it also says who keeps it waiting."""
+        if self._has_enough():
+            return True
+        waited = time.perf_counter() - self._sent_at
+        if self._asked and waited > self._log_at:
+            self._log_at = waited + _LOG_SECONDS
+            log(
+                INFO,
+                "Round %d: waiting for clients %s for %.0f s; the deadline is %g s.",
+                self._round,
+                sorted(self._asked),
+                waited,
+                self.config.federation.deadline_seconds,
+            )
+        return False
 
     def _has_enough(self) -> bool:
         return len(self._good) >= self.config.cohort_size

@@ -269,7 +269,8 @@ def simulate_the_good(overrides, run_dir, answers):
             raise RuntimeError("not one of the good")
         return client.app.train(message, context)
 
-    config = compose([*overrides, f"run_dir={run_dir}"])
+    # Here all others are refused, and nobody is left out for that.
+    config = compose([*overrides, f"run_dir={run_dir}", "federation.strikes=1000000"])
     grid = InProcessGrid(config.partition.num_clients, client_app=app)
     quiet_flower()
     run_federation(config, grid, Console(quiet=True), [])

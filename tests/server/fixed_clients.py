@@ -76,7 +76,14 @@ def federation(num_clients, misbehave=None, aggregation=None, **settings):
     conduct = Conduct(config.federation.strikes, config.federation.suspension_rounds)
     names = ["a", "b", "c"]
     strategy = SmoothAdvFedAvg(
-        config, SPEC, names, 1_000_000, Roster(num_clients), conduct, num_awaited=num_clients
+        config,
+        SPEC,
+        names,
+        1_000_000,
+        Roster(num_clients),
+        conduct,
+        num_awaited=num_clients,
+        patience_seconds=config.federation.connect_timeout_seconds,
     )
     grid = InProcessGrid(num_clients, client_app=app)
     grid.seen = seen

@@ -62,17 +62,17 @@ def log(caplog):
 
 def test_a_simulated_node_is_the_client_of_its_partition():
     grid = NodesGrid(partitions([2, 0, 1], 3))
-    assert Roster(3).wait(grid, 3, 3, 1) == {2: 100, 0: 101, 1: 102}
+    assert Roster(3).wait(grid, 3, 3, 1, 1) == {2: 100, 0: 101, 1: 102}
 
 
 def test_devices_are_numbered_by_node_id_whatever_order_they_answer_in():
-    assert Roster(3).wait(NodesGrid(devices(30, 10, 20)), 3, 3, 1) == {0: 10, 1: 20, 2: 30}
-    assert Roster(3).wait(NodesGrid(devices(20, 30, 10)), 3, 3, 1) == {0: 10, 1: 20, 2: 30}
+    assert Roster(3).wait(NodesGrid(devices(30, 10, 20)), 3, 3, 1, 1) == {0: 10, 1: 20, 2: 30}
+    assert Roster(3).wait(NodesGrid(devices(20, 30, 10)), 3, 3, 1, 1) == {0: 10, 1: 20, 2: 30}
 
 
 def test_devices_take_the_numbers_that_partitions_leave():
     nodes = partitions([1], 3) | devices(9, 5)
-    assert Roster(3).wait(NodesGrid(nodes), 3, 3, 1) == {1: 100, 0: 5, 2: 9}
+    assert Roster(3).wait(NodesGrid(nodes), 3, 3, 1, 1) == {1: 100, 0: 5, 2: 9}
 
 
 def test_a_node_is_asked_once_and_keeps_its_number():
@@ -97,13 +97,13 @@ def test_it_waits_for_nodes_that_appear_late():
             return self.connected[: self.calls - 1]
 
     grid = SlowGrid(partitions([0, 1, 2], 3))
-    assert Roster(3).wait(grid, 3, 3, 60) == {0: 100, 1: 101, 2: 102}
+    assert Roster(3).wait(grid, 3, 3, 60, 60) == {0: 100, 1: 101, 2: 102}
     assert grid.calls == 4
 
 
 def test_a_client_that_never_connects_ends_the_wait_with_a_sentence():
     with pytest.raises(TrainingError) as error:
-        Roster(4).wait(NodesGrid(partitions([0, 1, 3], 4)), 4, 4, 0.01)
+        Roster(4).wait(NodesGrid(partitions([0, 1, 3], 4)), 4, 4, 0.01, 0.01)
     assert str(error.value).startswith(
         "Only 3 of the 4 clients that a round needs connected within 0.01 seconds: "
     )
@@ -118,7 +118,7 @@ def test_two_nodes_of_one_partition_are_one_client(log):
 
 def test_a_federation_of_another_size_is_refused():
     with pytest.raises(TrainingError) as error:
-        Roster(10).wait(NodesGrid(partitions([0, 1, 2, 3], 4)), 10, 10, 0.01)
+        Roster(10).wait(NodesGrid(partitions([0, 1, 2, 3], 4)), 10, 10, 0.01, 0.01)
     message = str(error.value)
     assert "4 partitions" in message
     assert "partition.num_clients=10" in message
@@ -170,21 +170,21 @@ def test_a_node_that_comes_back_under_another_id_takes_its_partition_again():
     nodes = {**partitions([0, 1], 2), 150: {"partition-id": 1, "num-partitions": 2}}
     grid, roster = NodesGrid(nodes), Roster(2)
     grid.connected = [100, 101]
-    assert roster.wait(grid, 2, 2, 1) == {0: 100, 1: 101}
+    assert roster.wait(grid, 2, 2, 1, 1) == {0: 100, 1: 101}
     grid.connected = [100, 150]
-    assert roster.wait(grid, 2, 2, 1) == {0: 100, 1: 150}
+    assert roster.wait(grid, 2, 2, 1, 1) == {0: 100, 1: 150}
 
 
 def test_a_later_wait_goes_on_with_the_nodes_that_are_left():
     grid, roster = NodesGrid(partitions([0, 1], 2)), Roster(2)
-    roster.wait(grid, 2, 2, 1)
+    roster.wait(grid, 2, 2, 1, 1)
     grid.connected = [101]
-    assert roster.wait(grid, 1, 1, 1) == {1: 101}
+    assert roster.wait(grid, 1, 1, 1, 1) == {1: 101}
 
 
 def test_nodes_that_say_nothing_are_given_the_numbers_that_are_free():
     nodes = {30: {}, 10: {}, 20: {"partition-id": 1, "num-partitions": 3}}
-    assert Roster(3).wait(NodesGrid(nodes), 3, 3, 1) == {0: 10, 1: 20, 2: 30}
+    assert Roster(3).wait(NodesGrid(nodes), 3, 3, 1, 1) == {0: 10, 1: 20, 2: 30}
 
 
 def test_a_number_is_kept_over_an_interruption():
@@ -233,12 +233,12 @@ def test_who_was_refused_is_asked_again_later(monkeypatch):
 
 def test_some_nodes_of_another_size_do_not_stop_the_others(log):
     nodes = partitions([0, 1], 2) | {200: {"partition-id": 5, "num-partitions": 9}}
-    assert Roster(2).wait(NodesGrid(nodes), 2, 2, 1) == {0: 100, 1: 101}
+    assert Roster(2).wait(NodesGrid(nodes), 2, 2, 1, 1) == {0: 100, 1: 101}
     assert "Node 200 is left out: it is one of 9 partitions" in log.text
 
 
 def test_after_the_wait_fewer_will_do():
-    assert Roster(4).wait(NodesGrid(devices(7, 8)), 4, 2, 0.01) == {0: 7, 1: 8}
+    assert Roster(4).wait(NodesGrid(devices(7, 8)), 4, 2, 0.01, 0.01) == {0: 7, 1: 8}
 
 
 def test_a_node_that_does_not_answer_is_no_client_and_holds_nobody_up():

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 import client.app
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import ConfigError, FedSmoothError
 from fedsmooth_core.training import local_train
+from server.certifier import failure_path
 from server.federation import run_federation
 from server.prometheus import Prometheus
 from server.recorder import RoundRecord, TrainedRound
@@ -96,7 +97,7 @@ def test_an_interrupted_run_says_so(tiny, console):
     path = Path(config.run_dir)
     assert read_status(path).state == "interrupted"
     assert "interrupted, 1 of 3 rounds done." in printed(path)
-    assert "Nothing is certified yet." in printed(path)
+    assert "The final model is not certified yet." in printed(path)
     held = RunDirectory.open(tiny("resume=true"), "federated")
     assert read_status(path).state == "running"  # as long as somebody holds it
     held.close()
@@ -105,6 +106,45 @@ def test_an_interrupted_run_says_so(tiny, console):
 def test_a_folder_without_a_run_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         read_status(tmp_path)
+
+
+def test_a_trained_run_is_not_finished_before_it_is_certified(tiny, console):
+    config = tiny("certification.at_end=false")
+    run = run_federation(config, InProcessGrid(4, "cpu"), console, [])
+    assert read_status(run.path).state == "trained"
+    assert "The final model is not certified yet." in printed(run.path)
+    failure = failure_path(run, 3)
+    failure.parent.mkdir(parents=True)
+    failure.write_text("no images")
+    assert "The certification failed: no images" in printed(run.path)
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"round": "x", "cohort": []}', '{"round": 4}', "{"])
+def test_a_line_that_says_little_of_a_round_stops_nobody_from_looking(tiny, console, line):
+    run = run_federation(tiny(), InProcessGrid(4, "cpu"), console, [])
+    with run.metrics.open("a") as file:
+        file.write(line + "\n")
+    assert read_status(run.path).completed_rounds in (3, 4)
+    assert "of 3 rounds done" in printed(run.path)
+
+
+def test_damaged_rows_are_a_sentence(tiny, console):
+    run = run_federation(tiny(), InProcessGrid(4, "cpu"), console, [])
+    (run.certification(3) / "rows.tsv").write_text("idx\nnonsense\n")
+    with pytest.raises(FedSmoothError, match=r"rows\.tsv"):
+        printed(run.path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"round": 4}', '{"round": "x", "since": 3}', "[1]"])
+def test_a_damaged_note_of_whom_it_asked_is_left_out(tiny, console, content):
+    config = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(config, InProcessGrid(4, "cpu"), console, [Stop()])
+    path = Path(config.run_dir)
+    (path / "asked.json").write_text(content)
+    held = RunDirectory.open(tiny("resume=true"), "federated")
+    assert read_status(path).asked is None
+    held.close()
 
 
 # --- Prometheus
