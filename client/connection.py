@@ -4,6 +4,7 @@ Nothing here changes anything at the server.
 """
 
 import datetime
+import re
 import socket
 import ssl
 import stat
@@ -23,6 +24,8 @@ from fedsmooth_core.errors import KeyFileError, NodeError
 from fedsmooth_core.keys import read_private_key
 
 _TIMEOUT_SECONDS = 10.0
+# [0-9] and not \d, which takes the digits of every script; Flower's client takes these alone.
+_ADDRESS = re.compile(r"(\[[^\s/\[\]]+\]|[^\s/\[\]:]+):([0-9]{1,5})")
 _CLOCK_TOLERANCE_SECONDS = 5  # a signature from the future is refused beyond this
 
 
@@ -39,13 +42,13 @@ class Address(NamedTuple):
         Raises:
             NodeError: when it is none.
         """
-        host, _, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        parts = _ADDRESS.fullmatch(text)
+        if parts is None or not 0 < int(parts[2]) < 65536:
             raise NodeError(
-                f"{text} is no address of a server: give HOST:PORT, e.g. fl.example.org:443."
+                f"{text!r} is no address of a server: give HOST:PORT with a port in 1 to 65535, e.g. "
+                "fl.example.org:443."
             )
-        return cls(host, int(port))
+        return cls(parts[1].strip("[]"), int(parts[2]))
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -86,20 +89,23 @@ def tls_context(root_certificates: Path | None) -> ssl.SSLContext:
     """Return what the server's certificate is checked with; None takes the system's authorities.
 
     Raises:
-        NodeError: when the file holds no certificate.
+        NodeError: when the file holds no certificate that Flower can read.
     """
     if root_certificates is None:
         return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        return ssl.create_default_context(cafile=root_certificates)
-    except ssl.SSLError as error:
+        context.load_verify_locations(cadata=root_certificates.read_bytes().decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:  # SSLError is an OSError, too
         raise NodeError(
-            f"{root_certificates} holds no certificate: take the ca.crt of the joining kit."
+            f"{root_certificates} holds no certificate, or a damaged one: take the ca.crt of the joining "
+            "kit."
         ) from error
     except OSError as error:
         raise NodeError(
             f"{root_certificates} cannot be read ({error.strerror}): take the ca.crt of the joining kit."
         ) from error
+    return context
 
 
 def check_certificate(address: Address, context: ssl.SSLContext) -> str:
@@ -116,6 +122,11 @@ def check_certificate(address: Address, context: ssl.SSLContext) -> str:
             certificate = secure.getpeercert() or {}
     except ssl.SSLCertVerificationError as error:
         raise NodeError(_explain(address, error)) from error
+    except TimeoutError as error:
+        raise NodeError(
+            f"{address} accepts connections, but does not speak TLS (it was silent for "
+            f"{_TIMEOUT_SECONDS:.0f} s): check the port, or ask the operator."
+        ) from error
     except (OSError, UnicodeError) as error:  # ssl.SSLError is an OSError
         raise NodeError(
             f"{address} does not speak TLS ({getattr(error, 'reason', None) or error}): check the port, or "
@@ -157,7 +168,7 @@ def check_key(path: Path) -> ec.EllipticCurvePrivateKey:
         KeyFileError: naming the file and what to do.
     """
     key = read_private_key(path)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if stat.S_IMODE(path.expanduser().stat().st_mode) & 0o077:
         raise KeyFileError(f"{path} can be read by other users of this device: chmod 600 {path}.")
     return key
 

@@ -52,8 +52,11 @@ class Membership:
         """Refuse what cannot work before anything is started.
 
         Raises:
-            ConfigError: naming the option and what to do.
+            ConfigError, NodeError, KeyFileError: naming the option or the file, and what to do.
         """
+        # Imported here: the module reads Flower's protocol, and only this needs it.
+        from client.connection import Address, check_key, tls_context
+
         if self.insecure and (self.key or self.root_certificates):
             raise ConfigError(
                 "--insecure connects without TLS, where --key and --root-certificates have no use: "
@@ -62,11 +65,12 @@ class Membership:
         for option, path in (("--key", self.key), ("--root-certificates", self.root_certificates)):
             if path is not None and not path.is_file():
                 raise ConfigError(f"{option} {path} is no file: give the path of one.")
-        host, _, port = self.server.rpartition(":")
-        if not host or not port.isdecimal() or "/" in host:
-            raise ConfigError(
-                f"--server {self.server} is no address: give HOST:PORT, e.g. fl.example.org:443."
-            )
+        # A SuperNode stumbles over these with a traceback, and over a broken certificate it hangs.
+        Address.parse(self.server)
+        if self.root_certificates is not None:
+            tls_context(self.root_certificates)
+        if self.key is not None:
+            check_key(self.key)
         NodeFacts.parse(self.node_config)
 
     def command(self, port: int) -> list[str]:
@@ -122,8 +126,8 @@ def join(membership: Membership, say: Callable[[str], None]) -> None:
             if not told:
                 told = True
                 say(
-                    f"{membership.server} refuses this key. A device that was cut off is let in again "
-                    f"within a minute: trying for {_LEASE_SECONDS:.0f} s."
+                    f"{membership.server} refuses this key: it is not enrolled there, or this device was "
+                    f"cut off within the last minute. Trying for {_LEASE_SECONDS:.0f} s."
                 )
             leaving.wait(_RETRY_SECONDS)
 

@@ -62,7 +62,20 @@ def test_an_address_is_a_host_and_a_port(text, address):
 
 
 @pytest.mark.parametrize(
-    "text", ["fl.example.org", "https://fl.example.org:443", ":443", "a:b", "a:0", "a:65536", ""]
+    "text",
+    [
+        "fl.example.org",
+        "https://fl.example.org:443",
+        ":443",
+        "a:b",
+        "a:0",
+        "a:65536",
+        "",
+        " a:443",
+        "a:443\n",
+        "a:\u0664\u0664\u0663",
+        "::1:443",
+    ],
 )
 def test_what_is_no_address(text):
     assert "give HOST:PORT" in refusal(Address.parse, text)
@@ -148,7 +161,18 @@ def test_a_server_without_tls(authority):
     assert "does not speak TLS" in message
 
 
-@pytest.mark.parametrize("content", [None, "", "no certificate"])
+def test_a_server_that_says_nothing(authority, monkeypatch):
+    monkeypatch.setattr(connection, "_TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = local(listener.getsockname()[1])
+        message = refusal(check_certificate, address, tls_context(authority.certificate))
+    assert "does not speak TLS (it was silent for" in message
+    assert "_ssl" not in message
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "no certificate", "-----BEGIN CERTIFICATE-----\nx\n"]
+)
 def test_a_file_that_is_no_certificate(tmp_path, content):
     path = tmp_path / "ca.crt"
     if content is not None:

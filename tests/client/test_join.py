@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tls_server import Authority
 
 from client import join as module
 from client.join import Membership, join
-from fedsmooth_core.errors import ConfigError, NodeError
+from fedsmooth_core.errors import ConfigError, KeyFileError, NodeError
+from fedsmooth_core.keys import make_key
 
 SERVER = "fl.example.org:443"
 
@@ -80,7 +82,7 @@ def test_a_refused_key_is_tried_again_for_the_time_of_a_lease(supernode, monkeyp
         join(Membership(SERVER), said.append)
     assert time.monotonic() - started > 2
     assert len(said) == 1
-    assert "let in again within a minute" in said[0]
+    assert "not enrolled there, or this device was cut off within the last minute" in said[0]
 
 
 def test_a_server_that_lets_go_is_no_success(supernode, worker):
@@ -125,9 +127,7 @@ def test_a_server_that_does_not_answer_is_said_once(supernode, worker):
 
 
 def test_the_command_is_flowers_with_the_worker_left_to_us(tmp_path):
-    key, authority = tmp_path / "key", tmp_path / "ca.crt"
-    key.touch()
-    authority.touch()
+    key, authority = make_key(tmp_path, "device"), Authority(tmp_path).certificate
     membership = Membership(SERVER, authority, key, node_config="threads=2")
     membership.check()
     command = " ".join(membership.command(9))
@@ -142,6 +142,8 @@ def test_the_command_is_flowers_with_the_worker_left_to_us(tmp_path):
     [
         ({"server": "https://fl.example.org"}, "give HOST:PORT"),
         ({"server": "fl.example.org"}, "give HOST:PORT"),
+        ({"server": "fl.example.org:0"}, "a port in 1 to 65535"),
+        ({"server": "fl.example.org:99999"}, "a port in 1 to 65535"),
         ({"node_config": "data-path=/data/images"}, "texts in double quotes"),
         ({"node_config": "threads"}, "texts in double quotes"),
         ({"node_config": "sigma=3"}, "hyper-parameters come from the server alone"),
@@ -152,5 +154,25 @@ def test_the_command_is_flowers_with_the_worker_left_to_us(tmp_path):
 def test_options_that_cannot_work_are_refused_first(options, words):
     if "key" in options:
         options = options | {"key": Path(options["key"])}
-    with pytest.raises(ConfigError, match=re.escape(words)):
+    with pytest.raises((ConfigError, NodeError), match=re.escape(words)):
         join(Membership(**{"server": SERVER} | options), print)
+
+
+DAMAGED = "-----BEGIN CERTIFICATE-----\ngarbage\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize("content", [DAMAGED, "", "\xe9 no certificate"])
+def test_a_certificate_that_flower_cannot_read_is_refused_first(tmp_path, content):
+    authority = tmp_path / "ca.crt"
+    authority.write_text(content, encoding="latin-1")
+    with pytest.raises(NodeError, match="holds no certificate, or a damaged one"):
+        join(Membership(SERVER, authority), print)
+
+
+def test_a_key_that_flower_cannot_use_is_refused_first(tmp_path):
+    key = make_key(tmp_path, "device")
+    with pytest.raises(KeyFileError, match="is no OpenSSH private key"):
+        join(Membership(SERVER, key=tmp_path / "device.pub"), print)
+    key.chmod(0o644)
+    with pytest.raises(KeyFileError, match="can be read by other users"):
+        join(Membership(SERVER, key=key), print)
