@@ -313,8 +313,15 @@ class AggregationConfig(Section):
 
     @property
     def num_needed(self) -> int:
-        """Replies without which the rule promises nothing."""
-        return 2 * self.num_malicious + 3 if self.rule == "krum" else 1
+        """Replies without which the rule withstands nobody."""
+        match self.rule:
+            case "median":
+                return 3
+            case "trimmed_mean":  # one at either end must be dropped
+                return math.ceil(1 / self.trimmed_fraction) if self.trimmed_fraction else 1
+            case "krum":
+                return 2 * self.num_malicious + 3
+        return 1
 
 
 @dataclass(frozen=True)
@@ -423,9 +430,9 @@ class RunConfig(TrainingPlan):
 
         if self.cohort_size < self.aggregation.num_needed:
             raise ConfigError(
-                f"aggregation.rule=krum needs {self.aggregation.num_needed} replies to withstand "
-                f"aggregation.num_malicious={self.aggregation.num_malicious}, but a cohort has "
-                f"{self.cohort_size} clients: raise federation.cohort_fraction or partition.num_clients."
+                f"aggregation.rule={self.aggregation.rule} withstands nobody with fewer than "
+                f"{self.aggregation.num_needed} replies, but a cohort has {self.cohort_size} clients: "
+                "raise federation.cohort_fraction or partition.num_clients."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Who has failed rounds repeatedly, and is left out for a while."""
+"""Which nodes have failed rounds repeatedly, and are left out for a while."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,31 +6,32 @@ from typing import Any
 
 
 class Conduct:
-    """Counts refusals per client; every ``strikes`` of them cost ``suspension_rounds`` rounds.
+    """Counts the offences of Flower nodes; every ``strikes`` of them cost ``suspension_rounds`` rounds.
 
-    It follows from the refusals of the past rounds alone, so a resumed run leaves out the same clients.
+    By node, not by client number: a number can pass to another node. It follows from the recorded
+    rounds alone, so a resumed run leaves out the same nodes.
     """
 
     def __init__(self, strikes: int, suspension_rounds: int) -> None:
         self.strikes = strikes
         self.suspension_rounds = suspension_rounds
-        self.offences: Counter[int] = Counter()
+        self._offences: Counter[int] = Counter()
         self._last_round_out: dict[int, int] = {}
 
-    def note(self, server_round: int, client: int) -> bool:
+    def note(self, server_round: int, node: int) -> bool:
         """Count an offence of this round; return whether it was one too many."""
-        self.offences[client] += 1
-        is_suspended = self.offences[client] % self.strikes == 0 and self.suspension_rounds > 0
+        self._offences[node] += 1
+        is_suspended = self._offences[node] % self.strikes == 0 and self.suspension_rounds > 0
         if is_suspended:
-            self._last_round_out[client] = server_round + self.suspension_rounds
+            self._last_round_out[node] = server_round + self.suspension_rounds
         return is_suspended
 
     def suspended(self, server_round: int) -> set[int]:
-        """Return the clients that are left out of this round."""
-        return {client for client, last in self._last_round_out.items() if server_round <= last}
+        """Return the nodes that are left out of this round."""
+        return {node for node, last in self._last_round_out.items() if server_round <= last}
 
     def replay(self, rounds: Iterable[Mapping[str, Any]]) -> None:
         """Count the offences of recorded rounds, given their lines of the metrics."""
         for line in rounds:
-            for refusal in line.get("refused", []):
-                self.note(int(line["round"]), int(refusal["client"]))
+            for node in line.get("offenders", []):
+                self.note(int(line["round"]), int(node))

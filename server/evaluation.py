@@ -11,6 +11,9 @@ from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.seeding import Purpose, torch_generator
 from fedsmooth_core.smoothing import draw_noise
 
+_LOOK = 16
+_LARGEST_LOGIT = 1e6  # classifiers that were trained at all stay below 1e3
+
 
 class Evaluator:
     """Keeps the test set and one model on the device and scores states of that model.
@@ -29,6 +32,18 @@ class Evaluator:
             device
         )
         self._model.eval()
+
+    @torch.inference_mode()
+    def problem(self, state: Mapping[str, Tensor]) -> str | None:
+        """Say what is wrong with a state that makes no classifier of some test images, or None."""
+        self._model.load_state_dict(state)
+        x, _ = self._data.batch(
+            torch.arange(min(_LOOK, len(self._data)), device=self._data.images.device)
+        )
+        largest = self._model(x).abs().max().item()
+        if largest <= _LARGEST_LOGIT:  # false for NaN, too
+            return None
+        return f"on test images its model's outputs reach {largest:g}, which no classifier's do"
 
     @torch.inference_mode()
     def __call__(self, state: Mapping[str, Tensor]) -> dict[str, float]:

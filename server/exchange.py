@@ -96,8 +96,12 @@ class Exchange:
             Seconds spent on ``send`` and ``receive``; the rest went by waiting.
         """
         started = time.monotonic()
+        messages = list(messages)
         waiting = send(grid, messages)
         sent = time.monotonic()
+        for question in (message.metadata for message in messages):
+            if question.message_id not in waiting:
+                receive(question, Error(ErrorCode.UNKNOWN, "Flower did not take the message to it"))
         end, receiving = sent + deadline_seconds, 0.0
         while True:
             looked = time.monotonic()

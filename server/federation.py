@@ -74,4 +74,5 @@ def _strategy(recorder: Recorder) -> SmoothAdvFedAvg:
         conduct,
         num_awaited,
         patience,
+        recorder.judge,
     )

@@ -37,6 +37,9 @@ class TrainedRound:
     """Those whose replies make the new model; none of them when the old model was kept."""
     refused: list[Refusal] = field(default_factory=list)
     """Replies, silence included, that the round went on without, over all its attempts."""
+    offenders: list[int] = field(default_factory=list)
+    """Flower nodes that this round counts an offence of: each refused one once, but for attempts in which
+    every reply was refused, for then the fault may well be the model's or the server's."""
     late: list[Refusal] = field(default_factory=list)
     """Replies to earlier rounds that came during this one, and were dropped."""
     suspended: list[int] = field(default_factory=list)
@@ -97,6 +100,7 @@ class Recorder:
         device: where the server computes.
         completed_rounds: rounds behind this process (0 for a new run).
         state: the weights to start from.
+        judge: says what is wrong with weights that make no classifier, or None.
     """
 
     def __init__(self, config: RunConfig, kind: str, observers: Sequence[Observer]) -> None:
@@ -111,6 +115,7 @@ class Recorder:
         stream = torch_generator(config.seed, Purpose.MODEL_INIT)
         model = build_model(self.spec, info.mean, info.std, stream)
         self._evaluate = Evaluator(config, self.spec, self.test_set, self.device)
+        self.judge = self._evaluate.problem
         # Nothing is written before the configuration has proved to make a model.
         self.run = RunDirectory.open(config, kind)
         self._observers = observers

@@ -15,11 +15,13 @@ _SERIALIZATION = "numpy.ndarray"  # NumPy's own format, which is read without un
 
 
 _REASON_LENGTH = 500  # of what a client may have written
+_MOST_COUNTED = 1e6  # batches of one round: far more than any client can see
 
 
 def readable(reason: str) -> str:
     """Return whatever text a client wrote as one short line without a terminal's control characters."""
-    letters = "".join(letter if letter.isprintable() else " " for letter in reason.rstrip(".\n"))
+    start = reason[: 4 * _REASON_LENGTH].rstrip(".\n")
+    letters = "".join(letter if letter.isprintable() else " " for letter in start)
     return " ".join(letters.split())[:_REASON_LENGTH]
 
 
@@ -106,6 +108,12 @@ def _read_state(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> dict[str
             raise BadReplyError(f"tensor {name!r} is {received.dtype} instead of {tensor.dtype}")
         if received.is_floating_point() and not bool(torch.isfinite(received).all()):
             raise BadReplyError(f"tensor {name!r} has values that are not finite")
+        if not received.is_floating_point() and received.numel():
+            moved = (received.double() - tensor.double()).abs().max().item()
+            if moved > _MOST_COUNTED:
+                raise BadReplyError(
+                    f"tensor {name!r} counts {moved:g} more or less than the model's"
+                )
         if name.startswith(NORMALISATION) and not torch.equal(received, tensor):
             raise BadReplyError(f"tensor {name!r} was changed, but normalisation is not trained")
         if name.endswith("running_var") and bool((received < 0).any()):

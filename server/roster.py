@@ -42,6 +42,7 @@ class Roster:
         self._client_of = {node: client for client, node in (remembered or {}).items()}
         self._remember = remember
         self._says: dict[int, int | None] = {}
+        self._claimed: dict[int, int] = {}
         self._questions: Questions = {}
         self._refused: dict[int, tuple[str, float]] = {}
 
@@ -128,8 +129,15 @@ class Roster:
                     f"start {self.num_clients} nodes (in Flower's simulation: --federation-config "
                     f"'num-supernodes={self.num_clients}') or set partition.num_clients={total!r}",
                 )
-            elif not isinstance(partition, int) or not 0 <= partition < self.num_clients:
+            elif type(partition) is not int or not 0 <= partition < self.num_clients:
                 self._refuse(node, f"its {wire.PARTITION_ID}={partition!r} is no partition")
+            elif self._claimed.setdefault(node, partition) != partition:
+                # Or it could drive others off their numbers, one after another.
+                self._refuse(
+                    node,
+                    f"it was {wire.PARTITION_ID}={self._claimed[node]} before, and is "
+                    f"{wire.PARTITION_ID}={partition} now: a node keeps its partition for the whole run",
+                )
             else:
                 self._says[node] = partition
 

@@ -122,10 +122,16 @@ class RunDirectory:
         """Return {client number: Flower node id}, as far as an earlier process knew them."""
         try:
             known = json.loads((self.path / _CLIENTS).read_bytes())
-            return {int(client): int(node) for client, node in known.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError):
+            known = None
+        if not isinstance(known, dict):
             # Written atomically, so damage is not ours; numbers are then handed out anew.
             return {}
+        return {
+            int(client): node
+            for client, node in known.items()
+            if client.isdecimal() and type(node) is int
+        }
 
     def write_clients(self, clients: Mapping[int, int]) -> None:
         """Remember which node has which client number."""

@@ -90,7 +90,7 @@ def read_status(path: Path) -> Status:
         last,
         asked,
         rounds,
-        _clients(config, rounds, completed),
+        _clients(config, run, rounds, completed),
         len(curve.rows) if curve else 0,
         failure.read_text().strip() if failure.is_file() else None,
     )
@@ -131,18 +131,22 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
         say("The final model is not certified yet.")
 
 
-def _clients(config: RunConfig, rounds: list[dict[str, Any]], completed: int) -> list[ClientRecord]:
+def _clients(
+    config: RunConfig, run: RunDirectory, rounds: list[dict[str, Any]], completed: int
+) -> list[ClientRecord]:
     conduct = Conduct(config.federation.strikes, config.federation.suspension_rounds)
     conduct.replay(rounds)
-    suspended = conduct.suspended(completed + 1)
-    last = {
-        int(refusal["client"]): (int(line["round"]), str(refusal["reason"]))
-        for line in rounds
-        for refusal in line.get("refused", [])
-    }
-    counted: list[tuple[int, int]] = Counter(conduct.offences).most_common()
+    out = conduct.suspended(completed + 1)
+    suspended = {client for client, node in run.read_clients().items() if node in out}
+    last: dict[int, tuple[int, str]] = {}
+    times: Counter[int] = Counter()
+    for line in rounds:
+        for refusal in line.get("refused", []):
+            last[int(refusal["client"])] = int(line["round"]), str(refusal["reason"])
+            times[int(refusal["client"])] += 1
     return [
-        ClientRecord(client, count, *last[client], client in suspended) for client, count in counted
+        ClientRecord(client, count, *last[client], client in suspended)
+        for client, count in times.most_common()
     ]
 
 

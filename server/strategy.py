@@ -1,7 +1,7 @@
 """Weighted FedAvg with seeded client sampling and checked replies, as a Flower strategy."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import NamedTuple
 
@@ -44,6 +44,10 @@ class _GoodReply(NamedTuple):
     state: dict[str, Tensor]
     metrics: MetricRecord
 
+    @property
+    def num_examples(self) -> int:
+        return int(self.metrics[wire.NUM_EXAMPLES])  # type: ignore[arg-type]
+
 
 class SmoothAdvFedAvg(FedAvg):
     """theta = sum_k (n_k / n) theta_k over the sampled cohort (McMahan et al. 2017).
@@ -56,6 +60,7 @@ class SmoothAdvFedAvg(FedAvg):
         num_awaited: clients to wait for before the first round, so that cohorts are drawn from the same
             clients in every runtime; later a quorum will do.
         patience_seconds: how long to wait for those beyond a quorum.
+        judge: says what is wrong with a model that cannot be a classifier, or None.
 
     Attributes:
         trained: what the current round, or the last one, did.
@@ -71,6 +76,7 @@ class SmoothAdvFedAvg(FedAvg):
         conduct: Conduct,
         num_awaited: int,
         patience_seconds: float,
+        judge: Callable[[Mapping[str, Tensor]], str | None],
     ) -> None:
         super().__init__()
         self.config = config
@@ -78,6 +84,7 @@ class SmoothAdvFedAvg(FedAvg):
         self._roster = roster
         self._conduct = conduct
         self._num_awaited, self._patience = num_awaited, patience_seconds
+        self._judge = judge
         self._aggregate = Aggregator(config.aggregation)
         self._exchange = Exchange(self._receive_late)
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
@@ -88,7 +95,9 @@ class SmoothAdvFedAvg(FedAvg):
         self._global: Mapping[str, Tensor] = {}
         self._asked: dict[int, Metadata] = {}
         self._good: dict[int, _GoodReply] = {}
+        self._node_of: Mapping[int, int] = {}
         self._sent_at = self._log_at = 0.0
+        self._refused_before = 0
 
     def summary(self) -> None:
         """Log what is averaged over whom."""
@@ -154,6 +163,7 @@ class SmoothAdvFedAvg(FedAvg):
         )
         self.trained.cohort = sorted(cohort)
         self._global, self._good, self._asked = arrays.to_torch_state_dict(), {}, {}
+        self._node_of, self._refused_before = nodes, len(self.trained.refused)
         messages = []
         for client in cohort:
             facts = ConfigRecord({wire.SERVER_ROUND: server_round, wire.PARTITION_ID: client})
@@ -192,8 +202,9 @@ class SmoothAdvFedAvg(FedAvg):
         """Return who may be sampled: failed, busy and suspended clients only where a quorum needs them."""
         failed = {refusal.client for refusal in self.trained.refused}
         busy = {c for c, node in nodes.items() if node in self._exchange.busy_nodes}
-        suspended = self._conduct.suspended(self._round)
-        self.trained.suspended = sorted(suspended & nodes.keys())
+        suspended_nodes = self._conduct.suspended(self._round)
+        suspended = {client for client, node in nodes.items() if node in suspended_nodes}
+        self.trained.suspended = sorted(suspended)
         candidates = nodes.keys() - failed - busy - suspended
         for held_back in (failed - busy - suspended, busy - suspended, suspended):
             if len(candidates) < self.config.quorum_size:
@@ -223,34 +234,82 @@ class SmoothAdvFedAvg(FedAvg):
         if not self._has_enough():
             for client in sorted(self._asked):
                 self._refuse(client, "no reply came in time")
-        if len(self._good) < self.config.quorum_size:
+        new = self._plausible_average()
+        self._note_offences()
+        if new is None:
             return None, None
-        # In the order of client numbers, so that the sum does not depend on arrival.
-        clients = sorted(self._good)
-        good = [self._good[client] for client in clients]
-        weights = [int(reply.metrics[wire.NUM_EXAMPLES]) for reply in good]  # type: ignore[arg-type]
-        new = self._aggregate(
-            self._global,
-            [reply.state for reply in good],
-            weights,
-            [reply.message for reply in good],
-        )
+        good = [self._good[client] for client in sorted(self._good)]
+        # Whatever a client says, it worked no longer than it was waited for.
+        waited = received - self._sent_at
+        for reply in good:
+            for name in (wire.SETUP_SECONDS, wire.TRAIN_SECONDS):
+                reply.metrics[name] = min(float(reply.metrics[name]), waited)  # type: ignore[arg-type]
         metrics = self.train_metrics_aggr_fn(
             [RecordDict({wire.METRICS: reply.metrics}) for reply in good], wire.NUM_EXAMPLES
         )
-        self.trained.aggregated = clients
-        self.trained.num_clipped = self._aggregate.num_clipped
-        self.trained.num_examples = sum(weights)
-        self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
-        self.trained.update_norm = update_norm(new, self._global)
         own_work = [
             float(reply.metrics[wire.SETUP_SECONDS]) + float(reply.metrics[wire.TRAIN_SECONDS])  # type: ignore[arg-type]
             for reply in good
         ]
-        # Whatever a client says, it worked no longer than it was waited for.
-        self.trained.seconds["slowest_client"] = min(max(own_work), received - self._sent_at)
+        self.trained.aggregated = sorted(self._good)
+        self.trained.num_clipped = self._aggregate.num_clipped
+        self.trained.num_examples = sum(reply.num_examples for reply in good)
+        self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
+        self.trained.update_norm = update_norm(new, self._global)
+        self.trained.seconds["slowest_client"] = min(max(own_work), waited)
         self._add_seconds("aggregate", time.perf_counter() - received)
         return ArrayRecord(new), metrics
+
+    def _plausible_average(self) -> dict[str, Tensor] | None:
+        """Average the good replies, but for those that make no classifier; None without a quorum."""
+        if len(self._good) < self.config.quorum_size:
+            return None
+        new = self._average()
+        if self._judge(new) is None:
+            return new
+        # Rare, so each reply is looked at only now: finite weights can be as harmful as infinite ones.
+        for client, reply in sorted(self._good.items()):
+            problem = self._judge(reply.state)
+            if problem is not None:
+                del self._good[client]
+                self._refuse(client, problem)
+        if len(self._good) < self.config.quorum_size:
+            return None
+        new = self._average()
+        problem = self._judge(new)
+        if problem is not None:
+            log(WARNING, "The average of the replies is not taken: %s.", problem)
+            self._good = {}
+        return new if problem is None else None
+
+    def _average(self) -> dict[str, Tensor]:
+        # In the order of client numbers, so that the sum does not depend on arrival.
+        good = [self._good[client] for client in sorted(self._good)]
+        return self._aggregate(
+            self._global,
+            [reply.state for reply in good],
+            [reply.num_examples for reply in good],
+            [reply.message for reply in good],
+        )
+
+    def _note_offences(self) -> None:
+        """Count who was refused in this attempt, unless everybody was."""
+        if not self._good:
+            return
+        clients = {refusal.client for refusal in self.trained.refused[self._refused_before :]}
+        for client in sorted(clients):
+            node = self._node_of[client]
+            if node in self.trained.offenders:
+                continue
+            self.trained.offenders.append(node)
+            if self._conduct.note(self._round, node):
+                log(
+                    WARNING,
+                    "Client %d is left out for %d rounds: it was refused in %d.",
+                    client,
+                    self._conduct.suspension_rounds,
+                    self._conduct.strikes,
+                )
 
     def _receive(self, question: Metadata, reply: Message | Error) -> None:
         """Check one reply to the current attempt."""
@@ -302,15 +361,7 @@ class SmoothAdvFedAvg(FedAvg):
         refusal = Refusal(client, readable(reason))
         log(WARNING, "Client %d is refused: %s.", client, refusal.reason)
         self.trained.refused.append(refusal)
-        del self._asked[client]
-        if self._conduct.note(self._round, client):
-            log(
-                WARNING,
-                "Client %d is left out for %d rounds: it was refused %d times.",
-                client,
-                self._conduct.suspension_rounds,
-                self._conduct.offences[client],
-            )
+        self._asked.pop(client, None)
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
         self.trained.seconds[phase] = self.trained.seconds.get(phase, 0.0) + seconds

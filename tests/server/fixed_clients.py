@@ -47,12 +47,13 @@ def good_reply(number, server_round=1):
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
-def federation(num_clients, misbehave=None, aggregation=None, **settings):
+def federation(num_clients, misbehave=None, aggregation=None, judge=lambda state: None, **settings):
     """A strategy and a grid whose clients answer with fixed models, but for those that misbehave.
 
     Args:
         misbehave: {client: function from its good reply to what it sends instead}.
         aggregation: settings of the aggregation, if not the defaults.
+        judge: says what is wrong with a state.
         settings: of the federation.
     """
     app = ClientApp()
@@ -84,6 +85,7 @@ def federation(num_clients, misbehave=None, aggregation=None, **settings):
         conduct,
         num_awaited=num_clients,
         patience_seconds=config.federation.connect_timeout_seconds,
+        judge=judge,
     )
     grid = InProcessGrid(num_clients, client_app=app)
     grid.seen = seen

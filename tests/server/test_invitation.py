@@ -26,7 +26,7 @@ def refusal(path):
 
 
 def test_an_invitation_says_the_same_when_it_is_read(tmp_path):
-    invitation = Invitation(("cat", "dog"), PLAN, SPEC)
+    invitation = Invitation(("cat", "dog"), PLAN, SPEC, 50)
     invitation.write(tmp_path / "federation.json")
     assert Invitation.read(tmp_path / "federation.json") == invitation
 
@@ -42,7 +42,13 @@ def test_the_command_writes_the_joining_kit(tmp_path, capsys):
     assert invitation.plan == compose(["experiment=quick"]).plan
     assert invitation.class_names == tuple("0123456789")
     assert invitation.spec == ModelSpec("small_cnn", "he", 10, 1, 8, 8)
+    assert invitation.max_num_examples == 1438  # the server's training images
     assert str(kit / "federation.json") in capsys.readouterr().out
+
+
+def test_the_operators_cap_goes_into_the_kit(tmp_path):
+    main(["invite", "experiment=quick", "federation.max_num_examples=70000", "-o", str(tmp_path)])
+    assert Invitation.read(tmp_path / "federation.json").max_num_examples == 70000
 
 
 @pytest.mark.parametrize("content", [None, "", "BEGIN CERTIFICATE BEGIN EC PRIVATE KEY"])
@@ -66,6 +72,21 @@ def test_what_is_no_invitation(tmp_path, text):
     assert "is no invitation" in refusal(path)
 
 
+@pytest.mark.parametrize("cap", [None, 0, "5", True])
+def test_an_invitation_without_a_usable_cap(tmp_path, cap):
+    path = tmp_path / "federation.json"
+    Invitation(("cat", "dog"), PLAN, SPEC, 50).write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max-num-examples": cap}))
+    assert "or one of an older version" in refusal(path)
+
+
+@pytest.mark.parametrize("names", [("cat",), ("cat", "dog", "emu"), ("cat", "cat"), ()])
+def test_classes_that_are_not_the_models(tmp_path, names):
+    path = tmp_path / "federation.json"
+    Invitation(names, PLAN, SPEC, 50).write(path)
+    assert "its model has 2 classes" in refusal(path)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     assert "cannot be read" in refusal(tmp_path / "federation.json")
 
@@ -73,7 +94,7 @@ def test_a_file_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("change", [{"attack.colour": "pink"}, {"seed": None}])
 def test_an_invitation_of_another_version(tmp_path, change):
     path = tmp_path / "federation.json"
-    Invitation(("cat", "dog"), PLAN, SPEC).write(path)
+    Invitation(("cat", "dog"), PLAN, SPEC, 50).write(path)
     facts = json.loads(path.read_text())
     plan = facts["plan"] | change
     facts["plan"] = {key: value for key, value in plan.items() if value is not None}

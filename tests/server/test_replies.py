@@ -285,3 +285,14 @@ def test_a_variance_is_never_negative():
     arrays = ArrayRecord(expected | {"norm.running_var": torch.tensor([1.0, -1.0])})
     with pytest.raises(BadReplyError, match="negative variances"):
         read_reply(reply(arrays), expected, CAP)
+
+
+@pytest.mark.parametrize("count", [2**63 - 1, -(2**63), 2_000_000])
+def test_a_counter_does_not_run_away(count):
+    expected = dict(EXPECTED) | {"norm.num_batches_tracked": torch.tensor(100)}
+    arrays = ArrayRecord(expected | {"norm.num_batches_tracked": torch.tensor(count)})
+    with pytest.raises(BadReplyError, match=r"counts .* more or less than the model's"):
+        read_reply(reply(arrays), expected, CAP)
+    arrays = ArrayRecord(expected | {"norm.num_batches_tracked": torch.tensor(120)})
+    state, _ = read_reply(reply(arrays), expected, CAP)
+    assert int(state["norm.num_batches_tracked"]) == 120

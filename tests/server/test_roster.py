@@ -133,7 +133,7 @@ def test_a_node_that_cannot_say_who_it_is_is_left_out_with_its_reason(log):
     assert "both a partition and" in log.text
 
 
-@pytest.mark.parametrize("partition", [-1, 2, 1.0, "1"])
+@pytest.mark.parametrize("partition", [-1, 2, 1.0, "1", True])
 def test_an_answer_that_is_no_partition_is_left_out(partition, log):
     """The client checks its own configuration; the server takes no client's word for it."""
     app = ClientApp()
@@ -251,3 +251,19 @@ def test_a_node_that_does_not_answer_is_no_client_and_holds_nobody_up():
     assert roster.refresh(grid) == {0: 7, 1: 9}
     assert roster.refresh(grid) == {0: 7, 1: 9}
     assert grid.questions == [7, 8, 9]
+
+
+def test_a_node_cannot_drive_others_off_their_numbers_one_after_another(log):
+    """It leaves and comes back, and claims the next partition every time."""
+    grid, roster = NodesGrid(devices(10, 20) | partitions([0], 3)), Roster(3)
+    grid.connected = [10, 20]
+    assert roster.refresh(grid) == {0: 10, 1: 20}
+    grid.connected = [10, 20, 100]
+    assert roster.refresh(grid) == {0: 100, 1: 20, 2: 10}
+    grid.connected = [10, 20]
+    roster.refresh(grid)
+    config = {"partition-id": 1, "num-partitions": 3}
+    grid._contexts[100] = dataclasses.replace(grid._contexts[100], node_config=config)
+    grid.connected = [10, 20, 100]
+    assert roster.refresh(grid) == {1: 20, 2: 10}
+    assert "a node keeps its partition for the whole run" in log.text

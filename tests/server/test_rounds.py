@@ -194,14 +194,34 @@ def test_conduct_follows_from_the_recorded_rounds():
     live, replayed = Conduct(2, 5), Conduct(2, 5)
     lines = []
     for server_round in range(1, 8):
-        clients = [k for k in range(4) if server_round % (k + 1) == 0]
-        for client in clients:
-            live.note(server_round, client)
-        lines.append({"round": server_round, "refused": [{"client": c} for c in clients]})
+        nodes = [1000 + k for k in range(4) if server_round % (k + 1) == 0]
+        for node in nodes:
+            live.note(server_round, node)
+        lines.append({"round": server_round, "offenders": nodes})
     replayed.replay(lines)
-    for server_round in range(1, 20):
-        assert live.suspended(server_round) == replayed.suspended(server_round)
-    assert live.offences == replayed.offences
+    suspended = [live.suspended(server_round) for server_round in range(1, 20)]
+    assert [replayed.suspended(server_round) for server_round in range(1, 20)] == suspended
+    assert any(suspended)
+
+
+def test_a_round_counts_one_offence_of_a_node_at_most():
+    strategy, grid = federation(4, {0: raising, 1: raising}, quorum=0.75, attempts=4, strikes=3)
+    run(strategy, grid)
+    assert strategy.trained.attempts == 4
+    assert sorted(strategy.trained.offenders) == [2, 3]
+    assert len(strategy.trained.refused) > 2
+    run(strategy, grid, first=2)
+    assert strategy.trained.suspended == []
+    run(strategy, grid, first=3)
+    assert strategy.trained.suspended == [0, 1]
+
+
+def test_where_every_reply_is_refused_nobody_is_blamed():
+    """The fault may well be the model's or the server's own."""
+    strategy, grid = federation(3, dict.fromkeys(range(3), raising), strikes=1)
+    run(strategy, grid, num_rounds=3)
+    assert strategy.trained.suspended == strategy.trained.offenders == []
+    assert {refusal.client for refusal in strategy.trained.refused} == {0, 1, 2}
 
 
 # --- what one client may do to the model
@@ -235,6 +255,75 @@ def test_clipping_bounds_what_one_client_does():
         norm = distance(local)
         expected += share * (local["weight"].double() - INITIAL["weight"]) * min(1, 0.5 / norm)
     torch.testing.assert_close(state["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def too_large(state):
+    largest = float(state["weight"].abs().max())
+    return None if largest < 1e3 else f"outputs reach {largest:g}"
+
+
+def test_finite_weights_that_make_no_classifier_are_refused_alone():
+    strategy, grid = federation(4, {2: far_away}, judge=too_large)
+    assert_average_of(run(strategy, grid), [0, 1, 3])
+    (refusal,) = strategy.trained.refused
+    assert refusal.client == 2
+    assert "outputs reach" in refusal.reason
+    assert strategy.trained.offenders == [2 + 2]
+
+
+def test_an_average_that_makes_no_classifier_is_not_taken():
+    looked = []
+
+    def judge(state):  # each reply passes, their average does not
+        looked.append(state)
+        return "no classifier" if len(looked) in (1, 6) else None
+
+    strategy, grid = federation(4, judge=judge, attempts=1)
+    assert_same(run(strategy, grid), INITIAL)
+    assert len(looked) == 6
+    assert strategy.trained.aggregated == strategy.trained.offenders == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "cohort", "quorum"),
+    [("median", 2, None), ("median", 3, 3), ("trimmed_mean", 4, None), ("trimmed_mean", 6, 5)],
+)
+def test_a_robust_rule_asks_for_as_many_replies_as_it_needs(rule, cohort, quorum):
+    settings = {"rule": rule, "trimmed_fraction": 0.2}
+    if quorum is None:
+        with pytest.raises(ConfigError, match="withstands nobody with fewer than"):
+            federation(cohort, None, settings)
+    else:
+        strategy, _ = federation(cohort, None, settings, quorum=0.01)
+        assert strategy.config.quorum_size == quorum
+
+
+def test_nobodys_seconds_in_the_metrics_exceed_what_it_was_waited_for():
+    def slow(content):
+        content["metrics"]["train-seconds"] = 1e300
+        return content
+
+    strategy, grid = federation(3, {1: slow})
+    run(strategy, grid)
+    assert strategy.trained.metrics["train-seconds"] <= strategy.trained.seconds["train"]
+
+
+def test_a_message_that_flower_does_not_take_is_said_to_be_that():
+    class Refusing(InProcessGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            taken = [
+                m
+                for m in messages
+                if m.metadata.dst_node_id != 3 or m.metadata.message_type == "query"
+            ]
+            return super().push_messages(taken)
+
+    strategy, grid = federation(3)
+    grid.__class__ = Refusing
+    assert_average_of(run(strategy, grid), [0, 2])
+    (refusal,) = strategy.trained.refused
+    assert (refusal.client, refusal.reason) == (1, "Flower did not take the message to it")
 
 
 def test_a_generous_limit_clips_nothing():
@@ -285,7 +374,9 @@ def test_a_robust_rule_withstands_a_client_that_lies(rule):
 
 
 def test_krum_is_refused_where_a_cohort_is_too_small_and_raises_the_quorum_elsewhere():
-    with pytest.raises(ConfigError, match=r"aggregation\.rule=krum needs 5 replies"):
+    with pytest.raises(
+        ConfigError, match=r"aggregation\.rule=krum withstands nobody with fewer than 5"
+    ):
         federation(6, None, {"rule": "krum"}, cohort_fraction=0.5)
     bad = dict.fromkeys(range(3), raising)
     strategy, grid = federation(7, bad, {"rule": "krum"}, quorum=0.5, attempts=1)

@@ -125,3 +125,14 @@ def test_lines_that_say_nothing_are_passed_over(tmp_path, line):
     again.forget_rounds_after(1)
     again.close()
     assert again.read_metrics() == [{"round": 1}]
+
+
+def test_one_bad_entry_takes_no_other_number_with_it(tmp_path):
+    run = new(tmp_path)
+    run.write_clients({0: 2**63, 1: 5})
+    assert run.read_clients() == {0: 2**63, 1: 5}
+    (tmp_path / "clients.json").write_text('{"0": 7, "True": 8, "2": "x", "3": true}')
+    assert run.read_clients() == {0: 7}
+    for damaged in ("", "{", "[1]", "3"):
+        (tmp_path / "clients.json").write_text(damaged)
+        assert run.read_clients() == {}

@@ -483,3 +483,24 @@ class _Run:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+
+
+def test_one_client_with_huge_weights_does_not_stop_the_others(tiny, console, monkeypatch):
+    """Finite values pass every check of a tensor; what they make is no classifier."""
+
+    def poisoned(model, *args):
+        result = local_train(model, *args)
+        if args[3] == 2:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(3e38)
+        return result
+
+    monkeypatch.setattr(client.app, "local_train", poisoned)
+    run = simulate(tiny("federation.cohort_fraction=1"), console)
+    for line in rounds(run):
+        assert line["aggregated"] == [0, 1, 3]
+        (refused,) = line["refused"]
+        assert refused["client"] == 2
+        assert "which no classifier's do" in refused["reason"]
+    assert len(certificates(run)) == 1 + 5
