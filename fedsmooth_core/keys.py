@@ -7,6 +7,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedsmooth_core.config import FILE_NAME
 from fedsmooth_core.errors import KeyFileError
 
 _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
@@ -22,8 +23,10 @@ def make_key(folder: Path, name: str) -> Path:
         The private key's path; the file is readable for its owner alone.
 
     Raises:
-        KeyFileError: when ``folder/name`` exists and is no usable key.
+        KeyFileError: when the name is none for a file, or ``folder/name`` exists and is no usable key.
     """
+    if not FILE_NAME.test(name):
+        raise KeyFileError(f"{name!r} is no name for a device: allowed is {FILE_NAME.text}.")
     path = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -51,6 +51,13 @@ def test_a_key_that_is_there_is_kept(tmp_path):
     assert read_public_key(tmp_path / "jetson.pub") == read_private_key(path).public_key()
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "two words", "/etc/x"])
+def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(KeyFileError, match="is no name for a device"):
+        make_key(tmp_path / "keys", name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def ssh_keygen(path, passphrase=""):
     command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", passphrase, "-f", str(path)]
     try:
