@@ -82,7 +82,7 @@ class Examination:
     def run(self) -> list[Finding]:
         """Make all checks that can be made."""
         invitation = self._check("federation", self._invitation)
-        facts = self._check("node configuration", self._facts)
+        facts = self._check("node configuration", lambda: self._facts(invitation))
         if facts is not None:
             device = self._check("device", lambda: self._device(facts))
             if invitation is not None and device is not None:
@@ -116,12 +116,13 @@ class Examination:
         spec = invitation.spec
         self._sound(
             "federation",
-            f"Model {spec.name}, images of {spec.width}x{spec.height} pixels and {spec.channels} channels, "
+            f"Model {spec.name}, images of {spec.width}x{spec.height} pixels and "
+            f"{_counted(spec.channels, 'channel')}, "
             f"{len(invitation.class_names)} classes.",
         )
         return invitation
 
-    def _facts(self) -> NodeFacts:
+    def _facts(self, invitation: Invitation | None) -> NodeFacts:
         facts = NodeFacts.parse(self._questions.node_config)
         for key, path in (
             (wire.DATA_PATH, facts.data_path),
@@ -132,6 +133,13 @@ class Examination:
                     f"{key}={path!r} depends on the folder that a program is started in: give a path from "
                     "the root, beginning with /."
                 )
+        clients = invitation.plan.partition.num_clients if invitation is not None else None
+        if facts.partition is not None and clients is not None and facts.partition[1] != clients:
+            raise ConfigError(
+                f"{wire.NUM_PARTITIONS}={facts.partition[1]} in the node configuration, but the federation "
+                f"divides its data set into {clients} parts: set {wire.NUM_PARTITIONS}={clients}, and "
+                f"{wire.PARTITION_ID} to the number that the operator gave this device, 0 to {clients - 1}."
+            )
         if facts.data_path is not None:
             source = f"images of its own in {facts.data_path}"
         elif facts.partition is not None:
@@ -147,7 +155,7 @@ class Examination:
             free, total = torch.cuda.mem_get_info(device)
             name, memory = torch.cuda.get_device_name(device), (free, total)
         else:
-            name, memory = f"CPU, {torch.get_num_threads()} threads", _memory()
+            name, memory = f"CPU, {_counted(torch.get_num_threads(), 'thread')}", _memory()
         self._sound(
             "device",
             f"{name}, {memory[0] / _GIB:.1f} of {memory[1] / _GIB:.1f} GiB memory free, PyTorch "
@@ -175,7 +183,15 @@ class Examination:
             return None
         counts = np.bincount(data.labels.cpu().numpy(), minlength=len(names))
         listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
-        self._sound("images", f"{len(data)} images can be used; by class: {listed}.")
+        number, cap = _counted(len(data), "image"), invitation.max_num_examples
+        if len(data) > cap:
+            self._problem(
+                "images",
+                f"{number} can be used, but the server refuses a device with more than {cap}: ask the "
+                f"operator to set federation.max_num_examples={len(data)} or more, or use fewer images.",
+            )
+        else:
+            self._sound("images", f"{number} can be used; by class: {listed}.")
         return data
 
     def _step(
@@ -215,8 +231,8 @@ class Examination:
         step, steps = statistics.median(times), plan.training.local_steps
         self._sound(
             "local step",
-            f"{step:.3g} s (median of {_TIMED_STEPS}), so about {step * steps:.3g} s for the {steps} steps "
-            f"of a round; {_peak(device) / _GIB:.2f} GiB of memory at most.",
+            f"{step:.3g} s (median of {_TIMED_STEPS}), so about {step * steps:.3g} s for the "
+            f"{_counted(steps, 'step')} of a round; {_peak(device) / _GIB:.2f} GiB of memory at most.",
         )
 
     def _connection(self) -> None:
@@ -257,6 +273,10 @@ class Examination:
         self, address: Address, context: ssl.SSLContext, key: ec.EllipticCurvePrivateKey
     ) -> None:
         self._sound("enrolment", check_enrolled(address, context, key))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _noise_images(spec: ModelSpec, count: int, device: torch.device) -> ClientData:

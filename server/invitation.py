@@ -22,10 +22,16 @@ def invite(config: RunConfig, folder: Path, root_certificates: Path | None) -> l
         certificate = root_certificates.read_bytes()
         if b"BEGIN CERTIFICATE" not in certificate or b"PRIVATE KEY" in certificate:
             raise ConfigError(f"{root_certificates} is not a certificate alone: give the ca.crt.")
-    info = load_dataset(config.dataset, "train").info
+    images = load_dataset(config.dataset, "train")
+    info = images.info
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "federation.json"]
-    Invitation(info.class_names, config.plan, ModelSpec.of(config.model, info)).write(paths[0])
+    Invitation(
+        info.class_names,
+        config.plan,
+        ModelSpec.of(config.model, info),
+        config.federation.max_num_examples or len(images),
+    ).write(paths[0])
     if certificate is not None:
         paths.append(folder / "ca.crt")
         paths[1].write_bytes(certificate)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,7 @@ def scan_class(folder: Path) -> list[tuple[str, int, int]]:
     """Return (file name, bytes, modification time in ns) of a class's images, ascending.
 
     Raises:
-        DataError: when there is none, or the folder holds another one.
+        DataError: when there is none, or the folder holds another one or what is no file.
     """
     files = []
     with _listed(folder) as entries:
@@ -142,10 +143,14 @@ def scan_class(folder: Path) -> list[tuple[str, int, int]]:
                 )
             if entry.name.lower().endswith(_SUFFIXES):
                 try:
-                    stat = entry.stat()
+                    facts = entry.stat()
                 except OSError as error:
                     raise _unreadable(Path(entry.path), error) from error
-                files.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                if not stat.S_ISREG(facts.st_mode):  # reading a pipe would wait for ever
+                    raise DataError(
+                        f"{entry.path} is a pipe, socket or device, and no image: remove it."
+                    )
+                files.append((entry.name, facts.st_size, facts.st_mtime_ns))
     if not files:
         raise DataError(
             f"{folder} holds no image ({', '.join(_SUFFIXES)}): add one, or remove the class."

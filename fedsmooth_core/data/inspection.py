@@ -55,7 +55,8 @@ def folder_problems(
     problems += unreadable[:_NAMED]
     if len(unreadable) > _NAMED:
         problems.append(
-            f"{len(unreadable) - _NAMED} more images in {train} cannot be read: replace or remove them."
+            f"Other images in {train} cannot be read either ({len(unreadable) - _NAMED} in number): "
+            "replace or remove them."
         )
     return problems + _wrong_shape(image_size, shape, sizes, examples)
 
@@ -78,14 +79,14 @@ def _wrong_shape(
     channels, height, width = shape
     if channels != 3:
         return [
-            f"The federation's model takes images of {channels} channel, but a device's own images are "
-            "read as RGB, 3 channels: leave out data-path, or ask the operator for a model of RGB images."
+            f"The channels of the federation's images are {channels} in number, but a device's own images "
+            "are read as RGB, 3 channels: leave out data-path, or ask the operator for a model of RGB."
         ]
     if image_size is not None:  # everything is resized, to what the model takes
         return []
     return [
-        f"{count} images are {size[0]}x{size[1]} pixels, e.g. {examples[size]}, but the federation's model "
-        f"takes {width}x{height}: resize them."
+        f"{examples[size]} is {size[0]}x{size[1]} pixels (images of this size: {count}), but the "
+        f"federation's model takes {width}x{height}: resize such images."
         for size, count in sorted(sizes.items())
         if size != (width, height)
     ]

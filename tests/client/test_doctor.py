@@ -1,6 +1,8 @@
 """The examination of a device: everything is found out, every problem is a sentence, nothing crashes."""
 
 import contextlib
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def federation(tmp_path):
     path = tmp_path / "federation.json"
-    Invitation(("cat", "dog"), PLAN, SPEC).write(path)
+    Invitation(("cat", "dog"), PLAN, SPEC, 1000).write(path)
     return path
 
 
@@ -93,7 +95,7 @@ def test_a_device_without_images_of_its_own_is_given_a_partition(tmp_path):
     path = tmp_path / "federation.json"
     plan = TrainingPlan(partition=PartitionConfig(samples_per_client=30))
     spec = ModelSpec("small_cnn", "he", 10, 1, 8, 8)
-    Invitation(tuple("0123456789"), plan, spec).write(path)
+    Invitation(tuple("0123456789"), plan, spec, 1000).write(path)
     findings, _ = examine(path, 'device="cpu"')
     assert all(finding.sound for finding in findings)
     said = {finding.check: finding.sentence for finding in findings}
@@ -101,7 +103,54 @@ def test_a_device_without_images_of_its_own_is_given_a_partition(tmp_path):
     assert said["images"].startswith("30 images can be used")
 
 
+def test_one_of_a_thing_is_said_in_the_singular(tmp_path, monkeypatch):
+    path = tmp_path / "federation.json"
+    plan = replace(PLAN, training=TrainingConfig(local_steps=1, batch_size=4))
+    Invitation(("cat", "dog"), plan, SPEC, 1).write(path)
+    folder = write_images(tmp_path / "own", classes=("cat",))
+    for number in (1, 2):
+        (folder / "train" / "cat" / f"{number}.png").unlink()
+    before = torch.get_num_threads()
+    try:
+        findings, _ = examine(path, own(folder, "threads=1"))
+    finally:
+        torch.set_num_threads(before)
+    said = {finding.check: finding.sentence for finding in findings}
+    assert all(finding.sound for finding in findings)
+    assert "CPU, 1 thread, " in said["device"]
+    assert said["images"].startswith("1 image can be used")
+    assert "for the 1 step of a round" in said["local step"]
+
+
 # --- problems
+
+
+def test_more_images_than_the_server_believes(tmp_path):
+    path = tmp_path / "federation.json"
+    Invitation(("cat", "dog"), PLAN, SPEC, 5).write(path)
+    found = problems(path, own(write_images(tmp_path / "own")))
+    assert set(found) == {"images"}
+    assert (
+        "6 images can be used, but the server refuses a device with more than 5" in found["images"]
+    )
+    assert "federation.max_num_examples=6 or more, or use fewer images" in found["images"]
+
+
+@pytest.mark.parametrize(
+    "partition", ["partition-id=0 num-partitions=3", "partition-id=12 num-partitions=13"]
+)
+def test_a_partition_of_another_federation(federation, partition):
+    found = problems(federation, partition)
+    assert set(found) == {"node configuration"}
+    assert "set num-partitions=10, and partition-id to" in found["node configuration"]
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_images_keeps_nobody_waiting(federation, tmp_path):
+    folder = write_images(tmp_path / "own")
+    os.mkfifo(folder / "train" / "cat" / "pipe.png")
+    message = problems(federation, own(folder))["images"]
+    assert "pipe.png is a pipe, socket or device, and no image" in message
 
 
 def test_every_problem_of_the_images_is_found_at_once(federation, tmp_path):
@@ -116,7 +165,7 @@ def test_every_problem_of_the_images_is_found_at_once(federation, tmp_path):
         f"{folder / 'train' / 'zebra'} is no class of the federation (cat, dog): rename or remove",
         f"{folder / 'train' / 'empty'} holds no image",
         f"{folder / 'train' / 'dog' / '0.png'} cannot be read as an image",
-        "1 images are 9x8 pixels",
+        "wide.png is 9x8 pixels (images of this size: 1)",
     ):
         assert any(text in sentence for sentence in sentences), text
     # The speed does not depend on the images.
@@ -130,7 +179,7 @@ def test_many_broken_images_are_counted(federation, tmp_path):
     findings, _ = examine(federation, own(folder))
     sentences = [finding.sentence for finding in findings if finding.check == "images"]
     assert len(sentences) == 6
-    assert sentences[-1].startswith("4 more images in")
+    assert "cannot be read either (4 in number)" in sentences[-1]
 
 
 @pytest.mark.parametrize("content", [None, "no folder", "classless"])
@@ -144,9 +193,9 @@ def test_a_folder_without_images(federation, tmp_path, content):
 
 def test_a_model_of_one_channel_takes_no_folder_of_images(tmp_path):
     path = tmp_path / "federation.json"
-    Invitation(("cat", "dog"), PLAN, ModelSpec("small_cnn", "he", 2, 1, 8, 8)).write(path)
+    Invitation(("cat", "dog"), PLAN, ModelSpec("small_cnn", "he", 2, 1, 8, 8), 9).write(path)
     message = problems(path, own(write_images(tmp_path / "own")))["images"]
-    assert "1 channel" in message
+    assert "channels of the federation's images are 1" in message
 
 
 def test_a_data_set_that_this_machine_lacks(federation):

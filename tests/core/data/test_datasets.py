@@ -251,6 +251,12 @@ def spoil_dangling(root):
     return path
 
 
+def spoil_pipe(root):
+    path = root / "train" / "dog" / "9.png"
+    os.mkfifo(path)
+    return path
+
+
 def spoil_empty_class(root):
     for path in (root / "test" / "dog").iterdir():
         path.unlink()
@@ -293,6 +299,7 @@ def spoil_no_class(root):
         spoil_deep,
         spoil_mixed_sizes,
         spoil_dangling,
+        spoil_pipe,
         spoil_empty_class,
         spoil_nested,
         spoil_missing_split,
