@@ -5,6 +5,7 @@ PyTorch is imported when a device is prepared, and no sooner: who only checks th
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ _KNOWN = (
     wire.MAX_BATCH,
     wire.BF16,
 )
+
+_THREADS_PER_CORE = 4  # more are of no use, and thousands of them crash PyTorch
 
 _PAIR = r"""\S+?=('[^']*'|"[^"]*"|\S+)"""  # as Flower reads it
 
@@ -79,7 +82,7 @@ class NodeFacts:
             data_path=_text(node_config, wire.DATA_PATH),
             dataset_root=_text(node_config, wire.DATASET_ROOT),
             device=_text(node_config, wire.DEVICE) or cls.device,
-            threads=_count(node_config, wire.THREADS),
+            threads=_threads(node_config),
             limits=DeviceLimits(
                 max_batch=_count(node_config, wire.MAX_BATCH), bf16=_flag(node_config, wire.BF16)
             ),
@@ -167,6 +170,17 @@ def _count(config: Mapping[str, Scalar], key: str) -> int | None:
     if value is None or (type(value) is int and value >= 1):
         return value
     raise ConfigError(f"{key}={value!r} in this node's configuration: allowed is an integer >= 1.")
+
+
+def _threads(config: Mapping[str, Scalar]) -> int | None:
+    value = _count(config, wire.THREADS)
+    cores = os.cpu_count() or 1
+    if value is not None and value > _THREADS_PER_CORE * cores:
+        raise ConfigError(
+            f"{wire.THREADS}={value} in this node's configuration: allowed is an integer in 1 to "
+            f"{_THREADS_PER_CORE * cores}, {_THREADS_PER_CORE} for each CPU core of this machine."
+        )
+    return value
 
 
 def _flag(config: Mapping[str, Scalar], key: str) -> bool:

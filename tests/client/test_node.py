@@ -1,5 +1,7 @@
 """What a node configuration may say, and what each mistake is answered with."""
 
+import os
+
 import pytest
 import torch
 
@@ -97,6 +99,14 @@ def test_a_value_that_a_key_does_not_allow_is_named(key, value):
     message = refusal({key: value})
     assert f"{key}={value!r}" in message
     assert "allowed is" in message
+
+
+def test_threads_are_bounded_by_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert NodeFacts.read({"threads": 8}).threads == 8
+    message = refusal({"threads": 100000})
+    assert "threads=100000" in message
+    assert "allowed is an integer in 1 to 8, 4 for each CPU core" in message
 
 
 def test_a_mistyped_key_is_answered_with_the_one_that_was_meant():
