@@ -282,7 +282,7 @@ class FederationConfig(Section):
     attempts: int = setting(3, at_least(1))
     """How often a round is tried, each time with a new cohort, before it is over with the old model."""
     strikes: int = setting(3, at_least(1))
-    """Refused replies, silence included, after which a client is left out for a while."""
+    """Rounds with a refused reply, silence included, after which a client is left out for a while."""
     suspension_rounds: int = setting(10, at_least(0))
     """How many rounds it is left out for."""
     checkpoint_every: int = setting(1, at_least(1))
