@@ -33,7 +33,6 @@ deploy: export FEDSMOOTH_CLIENTS := $(CLIENTS)
 deploy: export FEDSMOOTH_RUN := $(RUN)
 deploy: export FEDSMOOTH_OVERRIDES := $(ARGS)
 deploy:
-	@mkdir -p runs
 	docker compose up --build --scale client=$(CLIENTS) --exit-code-from train
 
 format: $(VENV)/.installed-dev

@@ -28,12 +28,14 @@ import json, socket, ssl, sys, urllib.error, urllib.request
 
 context = ssl.create_default_context(cafile="/trust/ca.crt")
 
-def status(path):
-    # By hand, for urllib would tidy the path up.
+SIGNATURE = ["flwr-public-key: eA==", "flwr-timestamp: 2026-01-01", "flwr-signature: eA=="]
+
+def status(path, size=0, headers=()):
+    # By hand, for urllib would tidy the path up. Of a large body the head alone: it must be enough.
     with socket.create_connection(("proxy", 8443), timeout=10) as raw:
         with context.wrap_socket(raw, server_hostname="proxy") as tls:
-            headers = ["Host: proxy", "Content-Length: 0", "Connection: close", "", ""]
-            tls.sendall("\\r\\n".join([f"POST {path} HTTP/1.1", *headers]).encode())
+            lines = ["Host: proxy", f"Content-Length: {size}", "Connection: close", *headers]
+            tls.sendall("\\r\\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode())
             return int(tls.makefile("rb").readline().split()[1])
 
 def connects(host):
@@ -45,10 +47,17 @@ def connects(host):
 
 json.dump({
     "paths": {path: status(path) for path in json.loads(sys.argv[1])},
+    "unsigned": {path: status(path) for path in json.loads(sys.argv[3])},
+    "large": [
+        status(path, 2**30, headers)
+        for path in json.loads(sys.argv[3])
+        for headers in ((), SIGNATURE)
+    ],
+    "forged": {path: status(path, 0, SIGNATURE) for path in json.loads(sys.argv[3])},
     "direct": {host: connects(host) for host in json.loads(sys.argv[2])},
 }, sys.stdout)
 """
-FLEET = "/v1/fleet/register-node"
+FLEET = [f"/v1/fleet/{call}" for call in ("register-node", "push-messages", "push-object")]
 CLOSED = [
     "/v1/control/list-runs",
     "/v1/control/start-run",
@@ -111,7 +120,7 @@ class Deployment:
     def compose(self, *arguments, timeout=120):
         return self.docker("compose", *arguments, timeout=timeout)
 
-    def docker(self, *arguments, timeout=120, check=True):
+    def docker(self, *arguments, timeout=120, status=0):
         result = subprocess.run(
             ["docker", *arguments],
             env=self.environment,
@@ -122,7 +131,7 @@ class Deployment:
             text=True,
             timeout=timeout,
         )
-        assert not check or result.returncode == 0, f"{arguments}\n{result.stdout[-6000:]}"
+        assert result.returncode == status, f"{arguments}\n{result.stdout[-6000:]}"
         return result.stdout
 
     def container(self, service, number=1):
@@ -169,8 +178,11 @@ def test_containers_train_and_certify_though_a_client_is_killed(deployment):
     assert killed, "no round went without the killed client"
 
     # The same command again: nothing is left to do, and `train` says so with its exit status.
-    arguments = ("--scale", f"client={CLIENTS}", "--exit-code-from", "train")
-    assert "is finished already" in deployment.compose("up", *arguments, timeout=300)
+    up = ("compose", "up", "--exit-code-from", "train", "--scale")
+    assert "is finished already" in deployment.docker(*up, f"client={CLIENTS}", timeout=300)
+    deployment.environment["FEDSMOOTH_OVERRIDES"] = "federation.num_rounds=0"
+    refusal = deployment.docker(*up, "client=0", timeout=300, status=2)
+    assert "federation.num_rounds" in refusal
 
 
 def devices_reach_nothing_but_the_fleet_api(deployment):
@@ -181,11 +193,13 @@ def devices_reach_nothing_but_the_fleet_api(deployment):
     hosts = json.dumps(["superlink", *addresses])
     answer = deployment.docker(
         *("exec", deployment.container("client"), "python", "-c", PROBE),
-        *(json.dumps([FLEET, *CLOSED]), hosts),
+        *(json.dumps(CLOSED), hosts, json.dumps(FLEET)),
     )
     reached = json.loads(answer)
-    # The SuperLink itself answers: it misses a signature, not the path.
-    assert reached["paths"].pop(FLEET) not in (404, 403, 502)
+    # The proxy misses a signature; when there is one the SuperLink itself answers, and misses more.
+    assert set(reached["unsigned"].values()) == {401}, reached
+    assert set(reached["large"]) <= {401, 413}, reached
+    assert set(reached["forged"].values()) == {415}, reached
     assert set(reached["paths"].values()) <= {400, 403, 404}, reached
     assert not any(reached["direct"].values()), reached
 
