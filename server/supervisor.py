@@ -5,6 +5,7 @@ Flower marks a run whose ServerApp or SuperLink was killed as failed, and never 
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -37,6 +38,9 @@ _STALL_SECONDS = 3600.0  # without one newly certified image, at a certifier els
 _SUBMISSION = "submission.json"
 _STOPPED = "finished:stopped"
 _RAISED = "ServerApp failed with exception: "  # how Flower's details begin when it was not killed
+_MISCONFIGURED = ("Flower configuration file", "read certificate file")
+_DEVICES_ALONE = "Client error '404 Not Found'"
+_SILENT = ("is unavailable", "Server error '5")
 
 _T = TypeVar("_T")
 
@@ -55,12 +59,14 @@ class Flower:
             raise ConfigError("The command flwr is missing: install this package's dependencies.")
         self._command = command
         self._connection = [superlink] if superlink else []
+        self._has_answered = False
 
     def submit(self, overrides: Sequence[str]) -> str:
         """Submit the app with these settings; return the run's id.
 
         Raises:
             TrainingError: when it is refused.
+            ConfigError: when the connection of the first question is a wrong one.
             Unanswered: when there is nobody to refuse it.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +77,7 @@ class Flower:
         if "run-id" in answer:
             return str(answer["run-id"])
         reason = str(answer.get("error-message", "no reason given"))
-        if "is unavailable" in reason:
+        if any(words in reason for words in _SILENT):
             raise Unanswered(_last_paragraph(reason))
         raise TrainingError(f"The SuperLink did not take the run: {_last_paragraph(reason)}")
 
@@ -79,6 +85,7 @@ class Flower:
         """Return a run's status and its details; "unknown" is one that the SuperLink forgot.
 
         Raises:
+            ConfigError: when the connection of the first question is a wrong one.
             Unanswered: when the SuperLink could not be asked.
         """
         answer = self._ask("ls", *self._connection, "--run-id", run_id)
@@ -112,13 +119,38 @@ class Flower:
             )
         except subprocess.TimeoutExpired as error:
             raise Unanswered("no answer within 120 s") from error
+        except OSError as error:
+            raise Unanswered(f"flwr cannot be started: {error.strerror or error}") from error
         try:
-            answer = json.loads(result.stdout)
-        except ValueError:
-            # E.g. a connection that config.toml does not name: no JSON, a sentence in a frame.
-            words = (result.stderr or result.stdout).translate(dict.fromkeys(map(ord, "╭╮╰╯│─")))
-            raise ConfigError(f"flwr {arguments[0]} failed: {' '.join(words.split())}") from None
-        return dict(answer) if isinstance(answer, dict) else {}
+            answer = dict(json.loads(result.stdout))
+        except (ValueError, TypeError):
+            # Killed, out of memory or threads: a traceback, or nothing.
+            lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()
+            raise Unanswered(
+                f"flwr {arguments[0]} ended with status {result.returncode}: {lines[-1].strip()}"
+            ) from None
+        if answer.get("success"):
+            self._has_answered = True
+        else:
+            self._refuse_wrong_connection(str(answer.get("error-message", "")))
+        return answer
+
+    def _refuse_wrong_connection(self, reason: str) -> None:
+        if _DEVICES_ALONE in reason:
+            sentence = (
+                "The address of this connection in Flower's config.toml is no SuperLink that takes runs: a "
+                "proxy passes devices alone, so give the SuperLink's own address."
+            )
+        elif any(words in reason for words in _MISCONFIGURED):
+            sentence = re.sub(
+                r"^An unexpected error occurred while reading [^()]*\([^()]*\)\. ",
+                "",
+                _last_paragraph(reason),
+            )
+        else:
+            return
+        # What has answered once is the right one.
+        raise Unanswered(sentence) if self._has_answered else ConfigError(sentence)
 
 
 def _last_paragraph(text: str) -> str:
@@ -221,13 +253,17 @@ class Supervisor:
         return [*self._overrides, *(["resume=true"] if is_begun else [])]
 
     def _submit(self) -> str:
-        run_id = self._patiently(lambda: self._flower.submit(self._submission()))
+        # Before there is a run that a folder without permission, or a full disk, would leave alone.
         self._run.path.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"run-id": run_id}) + "\n"
-        write_atomically(self._run.path / _SUBMISSION, content.encode())
+        self._note({})
+        run_id = self._patiently(lambda: self._flower.submit(self._submission()))
+        self._note({"run-id": run_id})
         self._printed = 0
         self._say(f"Submitted run {run_id}; run directory: {self._run.path}")
         return run_id
+
+    def _note(self, content: dict[str, str]) -> None:
+        write_atomically(self._run.path / _SUBMISSION, f"{json.dumps(content)}\n".encode())
 
     def _follow(self, run_id: str) -> tuple[str, str]:
         """Show the log until the run's end; return its last status and the details."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import sys
 import time
 
@@ -30,6 +31,15 @@ away = "Using SuperLink: x\\n\\nConnection to the SuperLink is unavailable."
 answer = {{"success": False, "error-message": away}}
 if command == "log":
     print("\\n".join(state["log"]))
+    sys.exit()
+if breakdown := state["breakdowns"].get(str(state["questions"])):
+    state["questions"] += 1
+    (stage / "state.json").write_text(json.dumps(state))
+    sys.stderr.write(breakdown)
+    sys.exit(1)
+state["questions"] += 1
+if state["misled"]:
+    print(json.dumps(answer | {{"error-message": state["misled"]}}))
     sys.exit()
 if state["away"]:
     state["away"] -= 1
@@ -73,8 +83,10 @@ class Stage:
         self.run = RunDirectory(folder / "run")
         self.said = []
 
-    def play(self, *acts, away=0, settings=UNCERTIFIED):
+    def play(self, *acts, away=0, settings=UNCERTIFIED, breakdowns=None, misled=""):
+        """Breakdowns: what the questions of these numbers, from 0, end with instead of an answer."""
         state = {"acts": acts, "submitted": [], "asked": 0, "away": away, "log": ["one", "two"]}
+        state |= {"questions": 0, "breakdowns": breakdowns or {}, "misled": misled}
         (self.folder / "state.json").write_text(json.dumps(state))
         save(compose(settings), self.folder / "config.yaml")
 
@@ -224,6 +236,91 @@ def test_a_superlink_that_restarts_is_waited_for(stage):
     stage.deploy()
     assert len(stage.submitted) == 1
     assert any("waiting for it" in line for line in stage.said)
+
+
+@pytest.mark.parametrize("question", [0, 1])
+def test_a_flwr_that_fails_once_is_asked_again(stage, question):
+    traceback = "Traceback (most recent call last):\nMemoryError: no memory left"
+    done = {"status": "finished:completed", "rounds": ROUNDS}
+    stage.play(done, breakdowns={question: traceback})
+    stage.deploy()
+    assert len(stage.submitted) == 1
+    assert any("waiting for it" in line for line in stage.said)
+
+
+def test_a_flwr_that_always_fails_is_told_by_its_last_line(stage):
+    impatient = [*UNCERTIFIED, "federation.connect_timeout_seconds=0.2"]
+    stage.play(breakdowns=dict.fromkeys(range(99), "Traceback\nMemoryError: none left"))
+    with pytest.raises(TrainingError, match="flwr run ended with status 1: MemoryError: none left"):
+        stage.deploy(impatient)
+
+
+def test_a_flwr_that_cannot_be_started_is_tried_again(stage, monkeypatch):
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    run, failures = supervisor.subprocess.run, [BlockingIOError(11, "no more processes")]
+
+    def busy(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(supervisor.subprocess, "run", busy)
+    stage.deploy()
+    assert len(stage.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (
+            "An unexpected error occurred while reading the Flower configuration file (/x/config.toml). "
+            "SuperLink connection 'x' not found in the Flower configuration file (/x/config.toml).",
+            r"^SuperLink connection 'x' not found",
+        ),
+        ("Using SuperLink: x\n\nFailed to read certificate file `/ca.crt`: no", "^Failed to read"),
+        (
+            "Using SuperLink: x\n\nClient error '404 Not Found' for url 'http://x'\nFor more: y",
+            "a proxy passes devices alone",
+        ),
+    ],
+)
+def test_a_wrong_connection_is_refused_at_once(stage, reason, words):
+    stage.play(misled=reason)
+    with pytest.raises(ConfigError, match=words):
+        stage.deploy()
+
+
+def test_nothing_is_submitted_that_could_not_be_noted(stage, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    stage.play({"status": "finished:completed", "rounds": ROUNDS})
+    monkeypatch.setattr(supervisor, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        stage.deploy()
+    assert stage.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("FEDSMOOTH_RUN", "../other", "is no name of a folder"),
+        ("FEDSMOOTH_OVERRIDES", "name='x", "without its counterpart"),
+        ("FEDSMOOTH_CLIENTS", "four", "no whole number above 0"),
+        ("FEDSMOOTH_CLIENTS", "0", "no whole number above 0"),
+    ],
+)
+def test_wrong_variables_of_the_container_are_one_sentence(
+    monkeypatch, capsys, variable, value, words
+):
+    monkeypatch.setenv("FEDSMOOTH_RUN", "run")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(supervisor.APP / "docker/train"), run_name="__main__")
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Error: {variable}={value}")
+    assert words in error
 
 
 def test_a_superlink_that_stays_away_is_given_up(stage):
