@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,9 @@ _REFUSED = "[code: 2004]"
 _NO_KEY = "[code: 2001]"
 _CONNECTED = "SuperNode ID:"
 _WAITING = "Connection attempt failed"
+_PLAIN_TO_TLS = "Client error '400 Bad Request'"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LOG_LINE = re.compile(r"(INFO|WARNING) *:|For more information")  # what says nothing of why
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class _Member:
 
     def why(self) -> str:
         """Say in one sentence why the device is no member (any more), and what to do."""
-        server, text = self._membership.server, "".join(self._last)
+        server, text = self._membership.server, _COLOURS.sub("", "".join(self._last))
         if self.refused:
             return (
                 f"{server} does not accept the key {self._membership.key}: it was never enrolled there, "
@@ -221,6 +225,11 @@ class _Member:
             )
         if _NO_KEY in text:
             return f"{server} takes enrolled devices alone: give this device's key with --key FILE."
+        if self._membership.insecure and _PLAIN_TO_TLS in text:
+            return (
+                f"{server} speaks TLS: leave out --insecure, and give the server's ca.crt with "
+                "--root-certificates."
+            )
         if "handshake error" in text:
             return (
                 f"The certificate of {server} is not signed by "
@@ -233,7 +242,8 @@ class _Member:
                 "without passphrase: make one with fedsmooth enroll."
             )
         if not self._connected.is_set() or "Exit Code:" in text:
-            words = " ".join(text.partition("Exit Code:")[2].split() or text.split())
+            lines = (text.partition("Exit Code:")[2] or text).splitlines()
+            words = " ".join(" ".join(x for x in lines if not _LOG_LINE.match(x)).split())
             return f"The SuperNode could not join {server}: {words[-500:]}"
         if self._worker_ended is not None:
             return (

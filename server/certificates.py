@@ -75,7 +75,10 @@ def _subject(name: str) -> x509.GeneralName:
     except ValueError:
         pass
     labels = name.removeprefix("*.").split(".")
-    if not all(label.replace("-", "").isalnum() and label.isascii() for label in labels):
+    if not all(
+        label.replace("-", "").isalnum() and label.isascii() and len(label) <= 63
+        for label in labels
+    ):
         raise ConfigError(f"{name!r} is neither a host name nor an IP address.")
     return x509.DNSName(name)
 

@@ -144,6 +144,11 @@ def _superlink(
         raise EnrolmentError(f"The SuperLink cannot be asked: {reason}.") from error
     except httpx.HTTPStatusError as error:
         known = FlowerError.from_json(error.response.text)
+        if known is None and error.response.status_code == httpx.codes.NOT_FOUND:
+            raise EnrolmentError(
+                f"{address} is no SuperLink that can be asked: a proxy passes devices alone, so give the "
+                "SuperLink's own address in Flower's config.toml."
+            ) from error
         reason = str(known or error).splitlines()[0].rstrip(".")
         raise EnrolmentError(f"The SuperLink at {address} refused: {reason}.") from error
     except (httpx.RequestError, httpx.InvalidURL) as error:

@@ -62,6 +62,12 @@ def lines_of(membership):
         ("ERROR : Exit Code: 302\nUnable to parse", "no private key on a NIST elliptic curve"),
         ("ERROR : Exit Code: 606\nUpgrade your Flower", "606 Upgrade your Flower"),
         ("Traceback\nRuntimeError: port in use", "RuntimeError: port in use"),
+        (
+            "\x1b[92mINFO \x1b[0m:      FastAPI lifespan: startup\n"
+            "\x1b[91mERROR \x1b[0m:     Exit Code: 606\nUpgrade your Flower\n"
+            "INFO:     Shutting down\n\x1b[92mINFO \x1b[0m:      FastAPI lifespan: shutdown\n",
+            f"could not join {SERVER}: 606 Upgrade your Flower",
+        ),
     ],
 )
 def test_why_a_device_cannot_join_is_one_sentence(supernode, text, words):
@@ -70,6 +76,14 @@ def test_why_a_device_cannot_join_is_one_sentence(supernode, text, words):
         join(Membership(SERVER), print)
     assert SERVER in str(raised.value) or "302" in text
     assert "\n" not in str(raised.value)
+
+
+def test_insecure_at_a_server_that_speaks_tls_is_one_sentence(supernode):
+    refusal = "Client error '400 Bad Request' for url 'http://x'\nFor more information check: y"
+    supernode(f"ERROR : Exit Code: 305\n{refusal}\nINFO:     Shutting down", code=1)
+    with pytest.raises(NodeError, match=r"speaks TLS: leave out --insecure") as raised:
+        join(Membership(SERVER, insecure=True), print)
+    assert "INFO" not in str(raised.value)
 
 
 def test_a_refused_key_is_tried_again_for_the_time_of_a_lease(supernode, monkeypatch):

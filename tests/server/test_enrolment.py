@@ -124,6 +124,16 @@ def test_what_the_superlink_refuses_is_told(superlink, public_key, monkeypatch):
     assert "refused: Public key already in use." in sentence(register, public_key, "jetson")
 
 
+def test_a_proxy_for_devices_is_no_superlink(superlink, monkeypatch):
+    def closed(request):
+        raise refused(404, "<html>404 Not Found</html>")
+
+    monkeypatch.setattr(superlink, "ListNodes", closed)
+    message = sentence(enrolled)
+    assert "a proxy passes devices alone" in message
+    assert "http" not in message
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
