@@ -135,7 +135,7 @@ class Deployment:
         return result.stdout
 
     def up_until_train_ends(self, num_clients, status):
-        """`docker compose up --exit-code-from train`; return what it printed, after checking its exit status.
+        """`docker compose up --exit-code-from train`: check its exit status, return what it printed.
 
         Compose 2.26 was seen, once in six times on a busy machine, to miss that `train` had ended. Then the
         exit status of the container itself is what is checked.
