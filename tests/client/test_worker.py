@@ -234,6 +234,7 @@ def test_a_crash_is_told_at_once_and_the_next_message_is_answered(node, start_wo
 def test_a_process_killed_before_it_took_its_message_is_told_of_too(node, start_worker):
     worker = start_worker()
     node.answer(node.ask("answer"))
+    eventually(lambda: children_of(worker.pid) == [])  # or the process that just answered is killed
     get_run = node.state.get_run
     node.state.get_run = lambda run_id: time.sleep(2) or get_run(run_id)  # its first question
     question = node.ask("answer")
