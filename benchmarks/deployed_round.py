@@ -207,6 +207,18 @@ class Deployment:
             for process in self._processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.1, end - time.monotonic()))
+        for straggler in self._detached():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(straggler, signal.SIGKILL)
+
+    def _detached(self) -> list[int]:
+        """Return the processes that Flower took out of its session: a ServerApp waits for its SuperLink."""
+        mark, found = f"FLWR_HOME={self.folder}/".encode(), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone by now, or somebody else's
+                if mark in (process / "environ").read_bytes():
+                    found.append(int(process.name))
+        return found
 
     def start(self, name: str, command: list[str]) -> Node:
         """Start a process that ends with this deployment."""
