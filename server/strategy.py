@@ -332,7 +332,9 @@ class SmoothAdvFedAvg(FedAvg):
     def _receive_late(self, question: Metadata, reply: Message | Error) -> None:
         """Note an answer that came after its round: it belongs to a model that has moved on."""
         client = self._roster.client_of(question.dst_node_id)
-        reason = f"its reply to round {question.group_id} came after that was over, and is dropped"
+        is_reply = isinstance(reply, Message) and not reply.has_error()
+        what = "its reply to" if is_reply else "its failure in"
+        reason = f"{what} round {question.group_id} came after that was over, and is dropped"
         if client is not None:
             log(INFO, "Client %d: %s.", client, reason)
             self.trained.late.append(Refusal(client, reason))
