@@ -71,7 +71,7 @@ def credentials_of(federation, kind):
 
 REFUSALS = {
     "wrong CA": ("SSL/TLS handshake error", "is not signed by"),
-    "unregistered key": ("[code: 2004]", "refuses this key."),
+    "unregistered key": ("[code: 2004]", "cut off within the last minute"),
     "no key": ("[code: 2001]", "give this device's key with --key FILE"),
 }
 
