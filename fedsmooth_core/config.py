@@ -295,6 +295,10 @@ class FederationConfig(Section):
     on with a quorum), and for a quorum before any round (then the run ends, and can be resumed). A resumed
     run waits for as many as there were, for 75 s at most."""
 
+    def most_examples(self, num_samples: int) -> int:
+        """Return what a reply may claim at most, given the size of the server's training set."""
+        return self.max_num_examples or num_samples
+
 
 @dataclass(frozen=True)
 class AggregationConfig(Section):

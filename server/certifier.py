@@ -9,11 +9,10 @@ from rich.console import Console
 from fedsmooth_core.checkpoint import load_checkpoint
 from fedsmooth_core.durable import write_atomically
 from server import configuration
-from server.certify import ROWS, SUMMARY, certify_checkpoint
-from server.report import show
+from server.certify import ROWS, SUMMARY
+from server.finish import CURVE, certify_round
 from server.run_directory import RunDirectory
 
-_CURVE = "curve"
 _POLL_SECONDS = 1.0
 
 
@@ -25,7 +24,7 @@ def failure_path(run: RunDirectory, server_round: int) -> Path:
 def is_certified(run: RunDirectory, server_round: int) -> bool:
     """Tell whether the rows, summary and curve of this round's model are there."""
     folder = run.certification(server_round)
-    pictures = [run.path / f"{_CURVE}.{suffix}" for suffix in ("png", "svg")]
+    pictures = [run.path / f"{CURVE}.{suffix}" for suffix in ("png", "svg")]
     if not all(path.is_file() for path in (folder / ROWS, folder / SUMMARY, *pictures)):
         return False
     # A picture that is older than the summary was drawn of fewer rounds; the last one may be half-written.
@@ -54,8 +53,7 @@ def certify_when_trained(path: Path, overrides: Sequence[str], console: Console)
         checkpoint = run.checkpoint(last)
         recorded = load_checkpoint(checkpoint).metadata.get("config")
         config = configuration.with_overrides(recorded, overrides, str(checkpoint))
-        certify_checkpoint(checkpoint, config, run.certification(last), console)
-        show([run.path], run.path / _CURVE, config.certification.radius_step, console)
+        certify_round(last, config, run, console)
     except Exception as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(failure, f"{error}\n".encode())

@@ -69,7 +69,7 @@ def _strategy(recorder: Recorder) -> SmoothAdvFedAvg:
         config,
         recorder.spec,
         names,
-        config.federation.max_num_examples or size,
+        config.federation.most_examples(size),
         roster,
         conduct,
         num_awaited,

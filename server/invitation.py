@@ -30,7 +30,7 @@ def invite(config: RunConfig, folder: Path, root_certificates: Path | None) -> l
         info.class_names,
         config.plan,
         ModelSpec.of(config.model, info),
-        config.federation.max_num_examples or len(images),
+        config.federation.most_examples(len(images)),
     ).write(paths[0])
     if certificate is not None:
         paths.append(folder / "ca.crt")

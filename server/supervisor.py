@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fedsmooth_core.checkpoint import latest_checkpoint
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.durable import try_lock, write_atomically
+from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError, ConfigError, TrainingError
 from server.certifier import failure_path, is_certified
 from server.certify import ROWS
@@ -325,13 +325,7 @@ class Supervisor:
     def _wait_for_release(self) -> None:
         """Wait until no ServerApp holds the run: one that outlived its SuperLink notices late."""
         end = time.monotonic() + _RELEASE_SECONDS
-        while time.monotonic() < end:
-            try:
-                with (self._run.path / ".lock").open("r") as lock:
-                    if try_lock(lock):
-                        return
-            except FileNotFoundError:
-                return
+        while self._run.is_in_use() and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
 
     def _trained(self) -> bool:

@@ -32,7 +32,10 @@ from flwr.supernode.nodestate import NodeStateFactory
 from client.worker import forget_own_modules
 
 pytestmark = [
-    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc"),
+    pytest.mark.skipif(
+        not Path("/proc/self").exists(),
+        reason="needs Linux's /proc to see which processes a worker has left",
+    ),
     pytest.mark.timeout(120),
 ]
 

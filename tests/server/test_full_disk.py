@@ -9,7 +9,9 @@ from fedsmooth_core.checkpoint import load_checkpoint
 from server.cli import main
 from server.run_directory import RunDirectory
 
-pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+pytestmark = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk that is always full"
+)
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_room_continues_it(
