@@ -1,0 +1,1 @@
+"""The certification service: certifies submitted models, and serves the smoothed classifiers."""
