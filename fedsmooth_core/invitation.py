@@ -24,7 +24,7 @@ class Invitation:
     def write(self, path: Path) -> None:
         """Write it as JSON, atomically."""
         facts = {
-            "class_names": self.class_names,
+            "class-names": self.class_names,
             "plan": to_flat(self.plan),
             "spec": to_flat(self.spec),
             "max-num-examples": self.max_num_examples,
@@ -40,7 +40,7 @@ class Invitation:
         """
         try:
             facts: Any = json.loads(path.read_text(encoding="utf-8"))
-            names = tuple(str(name) for name in facts["class_names"])
+            names = tuple(str(name) for name in facts["class-names"])
             plan, spec = dict(facts["plan"]), dict(facts["spec"])
             cap = facts["max-num-examples"]
             if type(cap) is not int or cap < 1:

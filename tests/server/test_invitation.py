@@ -65,7 +65,7 @@ def test_nothing_but_a_certificate_is_handed_out(tmp_path, capsys, content):
     assert not (tmp_path / "kit").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"class_names": 1, "plan": 2, "spec": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"class-names": 1, "plan": 2, "spec": 3}'])
 def test_what_is_no_invitation(tmp_path, text):
     path = tmp_path / "federation.json"
     path.write_text(text)
