@@ -17,6 +17,7 @@ from server.replies import readable
 _POLL_SECONDS = 0.5
 _QUESTION_SECONDS = 3600.0  # how long a node may be busy with something else
 _ASK_AGAIN_SECONDS = 60.0  # whoever runs a refused device may have mended it
+_LOST_SECONDS = 120.0  # a SuperNode may drop a question without a word, so it is asked once more
 
 
 class Roster:
@@ -44,6 +45,7 @@ class Roster:
         self._says: dict[int, int | None] = {}
         self._claimed: dict[int, int] = {}
         self._questions: Questions = {}
+        self._asked_at: dict[int, float] = {}
         self._refused: dict[int, tuple[str, float]] = {}
 
     def wait(
@@ -81,10 +83,17 @@ class Roster:
         connected = set(grid.get_node_ids())
         # A node that left may come back as something else: it is asked again.
         self._says = {node: said for node, said in self._says.items() if node in connected}
-        patience = time.monotonic() - _ASK_AGAIN_SECONDS
+        now = time.monotonic()
         not_asked = connected - self._says.keys()
-        not_asked -= {question.dst_node_id for question in self._questions.values()}
-        not_asked -= {node for node, (_, since) in self._refused.items() if since > patience}
+        not_asked -= {
+            question.dst_node_id
+            for question in self._questions.values()
+            if self._asked_at[question.dst_node_id] > now - _LOST_SECONDS
+        }
+        not_asked -= {
+            node for node, (_, since) in self._refused.items() if since > now - _ASK_AGAIN_SECONDS
+        }
+        self._asked_at |= dict.fromkeys(not_asked, now)
         self._questions |= send(
             grid,
             [

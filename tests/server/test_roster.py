@@ -253,6 +253,20 @@ def test_a_node_that_does_not_answer_is_no_client_and_holds_nobody_up():
     assert grid.questions == [7, 8, 9]
 
 
+def test_a_question_that_got_lost_is_put_again(monkeypatch):
+    class LosesTheFirst(NodesGrid):
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            return replies if self.questions.count(8) > 1 else []
+
+    grid, roster = LosesTheFirst(devices(8)), Roster(1)
+    assert roster.refresh(grid) == roster.refresh(grid) == {}
+    assert grid.questions == [8]
+    monkeypatch.setattr(server.roster, "_LOST_SECONDS", 0.0)
+    assert roster.refresh(grid) == {0: 8}
+    assert grid.questions == [8, 8]
+
+
 def test_a_node_cannot_drive_others_off_their_numbers_one_after_another(log):
     """It leaves and comes back, and claims the next partition every time."""
     grid, roster = NodesGrid(devices(10, 20) | partitions([0], 3)), Roster(3)
