@@ -39,3 +39,16 @@ class EnrolmentError(FedSmoothError):
 
 class UnansweredError(EnrolmentError):
     """The SuperLink does not answer now: asking again later may help."""
+
+
+class ServiceError(FedSmoothError):
+    """The certification service refuses a call."""
+
+    def __init__(self, sentence: str, status: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        """Name of the gRPC status, e.g. ``INVALID_ARGUMENT``."""
+
+
+class ServiceUnreachableError(ServiceError):
+    """The certification service does not answer, or cannot now: the same call may succeed later."""
