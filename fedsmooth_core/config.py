@@ -14,6 +14,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedsmooth_core.errors import ConfigError
@@ -56,6 +57,8 @@ def strictly_between(low: float, high: float) -> Allowed:
 def one_of(*options: str) -> Allowed:
     return Allowed("one of " + ", ".join(options), lambda value: value in options)
 
+
+_MOST_DEVICE_RADII = 1000
 
 FILE_NAME = Allowed(
     "a name of letters, digits, dots, dashes and underscores",
@@ -346,6 +349,9 @@ class CertificationConfig(Section):
     SECTION = "certification"
     at_end: bool = True
     """Certify the final model as the last part of a run."""
+    every: int = setting(0, at_least(0))
+    """Rounds between two models that are certified while training goes on, by the certification service
+    (``service.address``); 0 leaves the final model alone."""
     sigma: float | None = setting(None, above(0))
     """Noise level of the certified classifier; null takes ``smoothing.sigma``."""
     n0: int = setting(100, at_least(1))
@@ -360,6 +366,48 @@ class CertificationConfig(Section):
     """Noisy images in one forward pass. Changes the speed, never a certificate."""
     radius_step: float = setting(0.25, above(0))
     """Grid step of the printed table."""
+
+
+@dataclass(frozen=True)
+class DeviceCertificationConfig(Section):
+    """Federated certified accuracy: clients certify images of their own, and send counts alone."""
+
+    SECTION = "device_certification"
+    every: int = setting(0, at_least(0))
+    """Rounds between two of them, the last one included; 0 never asks the clients."""
+    num_images: int = setting(10, at_least(1))
+    """Images that each sampled client certifies, evenly spaced among its own; fewer where it has fewer."""
+    n0: int = setting(100, at_least(1))
+    """Draws that select a class."""
+    n: int = setting(1000, at_least(1))
+    """Fresh draws that count that class."""
+    alpha: float = setting(0.001, strictly_between(0, 1))
+    """Failure probability of each image's certificate."""
+
+
+@dataclass(frozen=True)
+class ServiceConfig(Section):
+    """The certification service that certifies for this run. Files are named by absolute paths where the
+    ServerApp works in a directory of its own."""
+
+    SECTION = "service"
+    address: str | None = setting(None, HOST_AND_PORT)
+    """Where it is, as HOST:PORT; null certifies on this machine."""
+    dataset: str | None = setting(None, FILE_NAME)
+    """Name under which the service knows the data set; null takes ``dataset.name``."""
+    root_certificates: str | None = None
+    """The authority (PEM file) that signed the service's certificate; null trusts the system's."""
+    token_file: str | None = None
+    """File with the bearer token."""
+    client_certificate: str | None = None
+    """This client's certificate (PEM file), where the service asks for one."""
+    client_key: str | None = None
+    """The private key of that certificate."""
+    insecure: bool = False
+    """Talk without TLS: for a service on this machine."""
+    patience_seconds: float = setting(600.0, at_least(0))
+    """How long the end of a run waits for a service that does not answer. What it then still owes can be
+    collected later."""
 
 
 @dataclass(frozen=True)
@@ -420,6 +468,8 @@ class RunConfig(TrainingPlan):
     aggregation: AggregationConfig = AggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     certification: CertificationConfig = CertificationConfig()
+    service: ServiceConfig = ServiceConfig()
+    device_certification: DeviceCertificationConfig = DeviceCertificationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
@@ -431,13 +481,48 @@ class RunConfig(TrainingPlan):
                 "smoothing.sigma=0 leaves nothing to certify with: set certification.sigma > 0 "
                 "or certification.at_end=false."
             )
-
+        if self.certification.every and self.service.address is None:
+            raise ConfigError(
+                f"certification.every={self.certification.every} needs a certification service, for this "
+                "machine certifies the final model alone: set service.address=HOST:PORT or "
+                "certification.every=0."
+            )
+        if self.device_certification.every:
+            self._check_device_radii()
         if self.cohort_size < self.aggregation.num_needed:
             raise ConfigError(
                 f"aggregation.rule={self.aggregation.rule} withstands nobody with fewer than "
                 f"{self.aggregation.num_needed} replies, but a cohort has {self.cohort_size} clients: "
                 "raise federation.cohort_fraction or partition.num_clients."
             )
+
+    def _check_device_radii(self) -> None:
+        if not self.certified_sigma:
+            raise ConfigError(
+                "smoothing.sigma=0 leaves nothing to certify with: set certification.sigma > 0 "
+                "or device_certification.every=0."
+            )
+        if self._largest_device_radius / self.certification.radius_step >= _MOST_DEVICE_RADII:
+            raise ConfigError(
+                f"certification.radius_step={self.certification.radius_step} makes more than "
+                f"{_MOST_DEVICE_RADII} radii for the clients to count at: raise it, or set "
+                "device_certification.every=0."
+            )
+
+    @property
+    def device_radii(self) -> list[float]:
+        """Where clients count certified images: the multiples of ``certification.radius_step``, from 0
+        to the largest radius that ``device_certification.n`` draws can certify."""
+        step = self.certification.radius_step
+        # Rounded so that 3 steps of 0.1 read 0.3.
+        return [round(i * step, 12) for i in range(int(self._largest_device_radius / step) + 1)]
+
+    @property
+    def _largest_device_radius(self) -> float:
+        """sigma * Phi^-1(alpha^(1/n)): every one of the n draws was of the selected class."""
+        terms = self.device_certification
+        p_a = float(terms.alpha ** (1 / terms.n))
+        return self.certified_sigma * NormalDist().inv_cdf(max(p_a, 0.5))
 
     @property
     def plan(self) -> TrainingPlan:

@@ -32,6 +32,8 @@ _FREE_ON_RESUME = (
     "name",
     "runtime",
     "certification",
+    "service",
+    "device_certification",
     "federation.num_rounds",
     "federation.deadline_seconds",
     "federation.connect_timeout_seconds",
@@ -42,7 +44,7 @@ _FREE_ON_RESUME = (
 )
 
 # What may be set when a checkpoint is certified.
-_OF_CERTIFICATION = ("certification.", "runtime.", "dataset.", "seed")
+_OF_CERTIFICATION = ("certification.", "service.", "runtime.", "dataset.", "seed")
 
 
 def compose(overrides: Sequence[str], defaults: Sequence[str] = ()) -> RunConfig:

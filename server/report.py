@@ -42,6 +42,8 @@ _SAYS_NOTHING = (
     "resume",
     "runtime.",
     "evaluation.",
+    "service.",
+    "certification.every",
     "federation.checkpoint-every",
 )
 

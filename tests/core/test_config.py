@@ -19,6 +19,7 @@ from fedsmooth_core.config import (
     RunConfig,
     RuntimeConfig,
     Section,
+    ServiceConfig,
     SmoothingConfig,
     TrainingConfig,
     TrainingPlan,
@@ -40,6 +41,7 @@ SECTIONS = [
     FederationConfig,
     EvaluationConfig,
     CertificationConfig,
+    ServiceConfig,
     RuntimeConfig,
 ]
 
@@ -128,6 +130,7 @@ run_parts = {
     "certification": section(
         CertificationConfig,
         at_end=st.booleans(),
+        every=st.integers(0, 99),
         sigma=st.none() | positives,
         n0=naturals,
         n=naturals,
@@ -135,6 +138,14 @@ run_parts = {
         num_images=st.none() | naturals,
         batch_size=naturals,
         radius_step=positives,
+    ),
+    "service": section(
+        ServiceConfig,
+        address=st.sampled_from(["127.0.0.1:9100", "certifier:1"]),
+        dataset=st.none() | st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
+        token_file=st.none() | names,
+        insecure=st.booleans(),
+        patience_seconds=st.floats(0, 1e6),
     ),
     "runtime": section(
         RuntimeConfig,
@@ -301,12 +312,26 @@ OUT_OF_RANGE = [
     (EvaluationConfig, "every", [-1], "a number >= 0"),
     (EvaluationConfig, "batch_size", [0], "a number >= 1"),
     (CertificationConfig, "sigma", [0.0, -0.5], "a number > 0"),
+    (CertificationConfig, "every", [-1], "a number >= 0"),
     (CertificationConfig, "n0", [0], "a number >= 1"),
     (CertificationConfig, "n", [0], "a number >= 1"),
     (CertificationConfig, "alpha", [0.0, 1.0], "a number in (0, 1)"),
     (CertificationConfig, "num_images", [0], "a number >= 1"),
     (CertificationConfig, "batch_size", [0], "a number >= 1"),
     (CertificationConfig, "radius_step", [0.0], "a number > 0"),
+    (
+        ServiceConfig,
+        "address",
+        ["9100", "a:0"],
+        "HOST:PORT with a port in 1 to 65535, e.g. 127.0.0.1:9464",
+    ),
+    (
+        ServiceConfig,
+        "dataset",
+        ["", "a/b"],
+        "a name of letters, digits, dots, dashes and underscores",
+    ),
+    (ServiceConfig, "patience_seconds", [-1.0], "a number >= 0"),
     (RuntimeConfig, "device", ["tpu"], "one of auto, cpu, cuda"),
     (RuntimeConfig, "threads", [0], "a number >= 1"),
     (
@@ -469,3 +494,11 @@ def test_settings_are_frozen(cls):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(section, name, getattr(section, name))
     assert hash(section) == hash(cls())
+
+
+def test_models_are_certified_during_training_by_a_service_alone():
+    every = CertificationConfig(every=2)
+    assert "certification.every=2 needs a certification service" in refusal(
+        RunConfig, certification=every
+    )
+    RunConfig(certification=every, service=ServiceConfig(address="127.0.0.1:9100"))
