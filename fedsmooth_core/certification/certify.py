@@ -69,11 +69,7 @@ def certify(
             (batch, classes >= 2) or not finite.
     """
     check_alpha(alpha)
-    if labels.shape != images.shape[:1]:
-        raise CertificationError(
-            f"labels of shape {tuple(labels.shape)} do not belong to {len(images)} images: give "
-            "one label per image."
-        )
+    check_labels(images, labels)
     counted = count_predictions(
         model,
         images,
@@ -86,6 +82,15 @@ def certify(
         device=device,
     )
     return _rows(counted, labels.tolist(), indices, n, alpha, sigma)
+
+
+def check_labels(images: Tensor, labels: Tensor) -> None:
+    """Refuse other than one label an image with a :class:`CertificationError`."""
+    if labels.shape != images.shape[:1]:
+        raise CertificationError(
+            f"labels of shape {tuple(labels.shape)} do not belong to {len(images)} images: give "
+            "one label per image."
+        )
 
 
 def _rows(

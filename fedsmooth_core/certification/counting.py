@@ -14,6 +14,7 @@ images, which of them share a batch, or where a run was interrupted. Two measure
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +28,24 @@ from fedsmooth_core.seeding import Purpose, torch_generator
 NOISE_BLOCK = 128
 """Draws that one ``normal_`` fills. Part of what a certificate's noise is: never change it."""
 
-_BATCHES_PER_GROUP = 16
+BATCHES_PER_GROUP = 16
 """Batches, about, from one group of results to the next: few, to see progress; yet well filled."""
 
 Stream = tuple[Purpose, int]
 """A noise stream of an image, and how many draws of it to count."""
+
+
+class Block(NamedTuple):
+    """The next ``NOISE_BLOCK`` draws of one noise stream of an image."""
+
+    image: int
+    """Row of the image among those at hand."""
+    generator: torch.Generator
+    """The stream; it moves on by one block."""
+    tally: int
+    """Which tally the predictions are counted in."""
+    counted: int
+    """How many of the draws, from the first on, count."""
 
 
 def count_predictions(
@@ -70,6 +84,28 @@ def count_predictions(
         CertificationError: for an argument outside these ranges, or a model whose scores are not
             (batch, classes >= 2) or not finite.
     """
+    check_sampling(images, indices, sigma, batch_size)
+    for purpose, num_draws in streams:
+        check_draws(purpose, num_draws)
+    blocks_per_image = sum(-(-num_draws // NOISE_BLOCK) for _, num_draws in streams)
+    group_size = -(-BATCHES_PER_GROUP * blocks_in(batch_size) // blocks_per_image)
+
+    def groups() -> Iterator[tuple[slice, NDArray[np.int64]]]:
+        for start in range(0, len(images), group_size):
+            group = slice(start, min(start + group_size, len(images)))
+            x = unit_images(images[group], max_value, device)
+            yield group, _count_group(model, x, indices[group], streams, sigma, seed, batch_size)
+
+    return groups()
+
+
+def blocks_in(batch_size: int) -> int:
+    """Return how many whole blocks a forward pass takes, at least one."""
+    return max(1, batch_size // NOISE_BLOCK)
+
+
+def check_sampling(images: Tensor, indices: Sequence[int], sigma: float, batch_size: int) -> None:
+    """Refuse what cannot be sampled with a :class:`CertificationError`."""
     check_sigma(sigma)
     if images.ndim != 4 or len(indices) != len(images):
         raise CertificationError(
@@ -78,26 +114,22 @@ def count_predictions(
         )
     if batch_size < 1:
         raise CertificationError(f"batch_size={batch_size!r} is out of range: allowed is >= 1.")
-    for purpose, num_draws in streams:
-        if num_draws < 1:
-            raise CertificationError(
-                f"{num_draws!r} draws for {purpose.value} are none: n0 and n must be >= 1."
-            )
-    blocks_per_batch = max(1, batch_size // NOISE_BLOCK)
-    blocks_per_image = sum(-(-num_draws // NOISE_BLOCK) for _, num_draws in streams)
-    group_size = -(-_BATCHES_PER_GROUP * blocks_per_batch // blocks_per_image)
-
-    def groups() -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        for start in range(0, len(images), group_size):
-            group = slice(start, min(start + group_size, len(images)))
-            x = _unit_images(images[group], max_value, device)
-            counts = _count_group(model, x, indices[group], streams, sigma, seed, blocks_per_batch)
-            yield group, counts
-
-    return groups()
 
 
-def _unit_images(images: Tensor, max_value: float, device: torch.device | str) -> Tensor:
+def check_draws(purpose: Purpose, num_draws: int) -> None:
+    """Refuse less than one draw with a :class:`CertificationError`."""
+    if num_draws < 1:
+        raise CertificationError(
+            f"{num_draws!r} draws for {purpose.value} are none: n0 and n must be >= 1."
+        )
+
+
+def unit_images(images: Tensor, max_value: float, device: torch.device | str) -> Tensor:
+    """Return images as float32 in [0, 1] on a device.
+
+    Raises:
+        CertificationError: where ``max_value`` does not take them there.
+    """
     x = images.to(device, torch.float32) / max_value
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise CertificationError(
@@ -107,7 +139,6 @@ def _unit_images(images: Tensor, max_value: float, device: torch.device | str) -
     return x
 
 
-@torch.inference_mode()
 def _count_group(
     model: nn.Module,
     x: Tensor,
@@ -115,24 +146,56 @@ def _count_group(
     streams: Sequence[Stream],
     sigma: float,
     seed: int,
-    blocks_per_batch: int,
+    batch_size: int,
 ) -> NDArray[np.int64]:
-    device = x.device
-    generators = [
-        torch_generator(seed, purpose, int(index), device=device)
-        for index in indices
-        for purpose, _ in streams
-    ]
     # A tally is one (image, stream); its blocks follow each other, so its generator runs in order.
-    draws_of_tally = [num_draws for _ in indices for _, num_draws in streams]
-    blocks = [
-        (tally, min(NOISE_BLOCK, num_draws - first))
-        for tally, num_draws in enumerate(draws_of_tally)
-        for first in range(0, num_draws, NOISE_BLOCK)
-    ]
+    blocks = []
+    for image, index in enumerate(indices):
+        for stream, (purpose, num_draws) in enumerate(streams):
+            generator = torch_generator(seed, purpose, int(index), device=x.device)
+            tally = image * len(streams) + stream
+            blocks += [
+                Block(image, generator, tally, min(NOISE_BLOCK, num_draws - first))
+                for first in range(0, num_draws, NOISE_BLOCK)
+            ]
+    counts = count_blocks(model, x, indices, blocks, sigma=sigma, batch_size=batch_size)
+    return counts.reshape(len(indices), len(streams), -1)
+
+
+@torch.inference_mode()
+def count_blocks(
+    model: nn.Module,
+    x: Tensor,
+    indices: Sequence[int],
+    blocks: Sequence[Block],
+    *,
+    sigma: float,
+    batch_size: int,
+) -> NDArray[np.int64]:
+    """Draw blocks of noise in their order, and count what the model predicts, tally by tally.
+
+    Args:
+        model: as for :func:`count_predictions`.
+        x: (N, C, H, W), float32 in [0, 1], on the model's device.
+        indices: N dataset indices, for an error to name.
+        blocks: what to draw, at least one block.
+        sigma: noise level in [0, 1] pixel units, > 0.
+        batch_size: noisy images in one forward pass, rounded down to whole blocks, at least one.
+
+    Returns:
+        Counts (tallies, classes); the tallies are as many as the blocks number.
+
+    Raises:
+        CertificationError: for a model whose scores are not (batch, classes >= 2) or not finite.
+    """
+    device = x.device
+    blocks_per_batch = blocks_in(batch_size)
+    num_tallies = 1 + max(block.tally for block in blocks)
     # Blocks that count nothing fill the last batch: every forward pass has one shape.
-    padding = [(0, 0)] * (-len(blocks) % blocks_per_batch)
-    plan = torch.tensor(blocks + padding, device=device)
+    padding = [(0, 0, 0)] * (-len(blocks) % blocks_per_batch)
+    plan = torch.tensor(
+        [(block.image, block.tally, block.counted) for block in blocks] + padding, device=device
+    )
     within_block = torch.arange(NOISE_BLOCK, device=device)
     noisy = x.new_zeros((blocks_per_batch, NOISE_BLOCK, *x.shape[1:]))
     counts: Tensor | None = None
@@ -140,14 +203,13 @@ def _count_group(
     with _evaluating(model):
         for first in range(0, len(blocks), blocks_per_batch):
             last = first + blocks_per_batch
-            for (tally, _), block in zip(blocks[first:last], noisy, strict=False):
-                block.normal_(0.0, sigma, generator=generators[tally])
-            tally_of_block, counted_of_block = plan[first:last].unbind(1)
-            image_of_block = tally_of_block // len(streams)
+            for block, noise in zip(blocks[first:last], noisy, strict=False):
+                noise.normal_(0.0, sigma, generator=block.generator)
+            image_of_block, tally_of_block, counted_of_block = plan[first:last].unbind(1)
             noisy += x[image_of_block].unsqueeze(1)
             scores = model(noisy.flatten(0, 1))
             if counts is None:
-                counts = _empty_counts(scores, noisy.shape[:2].numel(), len(generators))
+                counts = _empty_counts(scores, noisy.shape[:2].numel(), num_tallies)
             finite &= scores.isfinite().all()
             prediction = scores.argmax(1).view(-1, NOISE_BLOCK)
             counted = within_block < counted_of_block.unsqueeze(1)
@@ -160,7 +222,7 @@ def _count_group(
             f"the model's scores for images {indices[0]} to {indices[-1]} are not finite: these "
             "weights cannot be certified (did training diverge?)."
         )
-    return counts.view(len(indices), len(streams), -1).cpu().numpy()
+    return np.asarray(counts.cpu().numpy())
 
 
 def _empty_counts(scores: Tensor, batch: int, num_tallies: int) -> Tensor:

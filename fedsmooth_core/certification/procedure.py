@@ -1,13 +1,18 @@
 """One way to certify, whoever asks: what decides a row, and the call that does it."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsmooth_core.certification.certify import certify
+from fedsmooth_core.certification.certify_sequential import certify_sequential
+from fedsmooth_core.certification.precision import PRECISIONS, in_precision
 from fedsmooth_core.certification.row_format import CertifiedRow
+from fedsmooth_core.certification.sequential import check_grid
 from fedsmooth_core.config import (
     Scalar,
     Section,
@@ -26,6 +31,7 @@ class Procedure(Section):
 
     Raises:
         ConfigError: for a value that is out of range, naming it.
+        CertificationError: for a ``sequential`` grid of too many radii.
     """
 
     sigma: float = setting(0.25, above(0))
@@ -36,27 +42,28 @@ class Procedure(Section):
     """Fresh draws that count that class; with ``sequential`` the most that an image may take."""
     alpha: float = setting(0.001, strictly_between(0, 1))
     """Failure probability of each image's certificate."""
-    method: str = setting("fixed", one_of("fixed"))
-    """``fixed``: n draws for every image, CERTIFY."""
+    method: str = setting("fixed", one_of("fixed", "sequential"))
+    """``fixed``: n draws for every image, CERTIFY. ``sequential``: as many as the grid needs."""
     radius_step: float = setting(0.25, above(0))
-    """Step of the radii that ``sequential`` decides about; ``fixed`` has no use for it."""
+    """Step of the grid of radii that ``sequential`` decides about; ``fixed`` has no use for it."""
     seed: int = setting(0, within(0, 2**62))
     """Names the noise, together with the image's index."""
-    precision: str = setting("float32", one_of("float32"))
-    """In which the model computes its scores."""
+    precision: str = setting("float32", one_of(*PRECISIONS))
+    """In which the model computes its scores: see
+    :func:`~fedsmooth_core.certification.precision.in_precision`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "sequential":
+            check_grid(self.sigma, self.n, self.alpha, self.radius_step)
 
     @property
     def terms(self) -> dict[str, Scalar]:
         """What decides a row, by name, as it is recorded beside rows."""
-        return {
-            "method": self.method,
-            "sigma": self.sigma,
-            "n0": self.n0,
-            "n": self.n,
-            "alpha": self.alpha,
-            "seed": self.seed,
-            "precision": self.precision,
-        }
+        terms: dict[str, Scalar] = dataclasses.asdict(self)
+        if self.method == "fixed":
+            del terms["radius_step"]
+        return terms
 
 
 def certify_images(
@@ -72,23 +79,25 @@ def certify_images(
 ) -> Iterator[CertifiedRow]:
     """Certify the smoothed classifier at each image by a procedure, one row an image, in order.
 
-    Arguments, the guarantee and what a row depends on are those of
-    :func:`~fedsmooth_core.certification.certify.certify`.
+    Rows of the method ``sequential`` say their n. The other arguments, the guarantee and what a row
+    depends on are those of :func:`~fedsmooth_core.certification.certify.certify`.
 
     Raises:
         CertificationError: as ``certify``, at the call or as rows are taken.
     """
-    return certify(
-        model,
-        images,
-        labels,
-        indices,
-        max_value=max_value,
-        sigma=procedure.sigma,
-        n0=procedure.n0,
-        n=procedure.n,
-        alpha=procedure.alpha,
-        seed=procedure.seed,
-        batch_size=batch_size,
-        device=device,
-    )
+    shared: dict[str, Any] = {
+        "max_value": max_value,
+        "sigma": procedure.sigma,
+        "n0": procedure.n0,
+        "n": procedure.n,
+        "alpha": procedure.alpha,
+        "seed": procedure.seed,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    model = in_precision(model, procedure.precision)
+    if procedure.method == "sequential":
+        return certify_sequential(
+            model, images, labels, indices, radius_step=procedure.radius_step, **shared
+        )
+    return certify(model, images, labels, indices, **shared)

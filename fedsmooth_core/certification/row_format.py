@@ -1,4 +1,7 @@
-"""The published format of certification rows: `idx label predict radius correct time`, tabs."""
+"""The published format of certification rows: `idx label predict radius correct time`, tabs.
+
+Rows of sequential certification have a seventh column, `n`, which the header says.
+"""
 
 import math
 import re
@@ -14,6 +17,8 @@ from fedsmooth_core.errors import CertificationError
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 HEADER = "\t".join(COLUMNS)
+HEADER_WITH_N = f"{HEADER}\tn"
+"""Of rows that say how many draws each image took."""
 
 # How Cohen et al.'s code prints a duration: str(datetime.timedelta).
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -36,6 +41,8 @@ class CertifiedRow:
     """1 if ``predict`` is ``label``, else 0."""
     time: float
     """Seconds spent on the image."""
+    n: int | None = None
+    """Draws that the certificate rests on, where each image has its own number; else None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +55,23 @@ class Rows:
     radius: NDArray[np.float64]
     correct: NDArray[np.int64]
     time: NDArray[np.float64]
+    n: NDArray[np.int64] | None = None
+    """None where all rows took the same number of draws, which the parameters say."""
 
     def __len__(self) -> int:
         return len(self.idx)
 
     @classmethod
     def of(cls, rows: Iterable[CertifiedRow]) -> "Rows":
-        """Gather single rows, in their order."""
+        """Gather single rows, in their order; all of them say their n, or none.
+
+        Raises:
+            CertificationError: if some say it and some do not.
+        """
         kept = list(rows)
+        draws = [row.n for row in kept if row.n is not None]
+        if draws and len(draws) < len(kept):
+            raise CertificationError("some rows say how many draws they took and some do not.")
         return cls(
             idx=np.array([row.idx for row in kept], np.int64),
             label=np.array([row.label for row in kept], np.int64),
@@ -63,21 +79,23 @@ class Rows:
             radius=np.array([row.radius for row in kept], np.float64),
             correct=np.array([row.correct for row in kept], np.int64),
             time=np.array([row.time for row in kept], np.float64),
+            n=np.array(draws, np.int64) if draws else None,
         )
 
 
 def format_row(row: CertifiedRow) -> str:
     """Return the row's line, without its end; floats are written so that they read back exactly."""
-    return "\t".join(
-        [
-            str(row.idx),
-            str(row.label),
-            str(row.predict),
-            repr(float(row.radius)),
-            str(row.correct),
-            repr(float(row.time)),
-        ]
-    )
+    cells = [
+        str(row.idx),
+        str(row.label),
+        str(row.predict),
+        repr(float(row.radius)),
+        str(row.correct),
+        repr(float(row.time)),
+    ]
+    if row.n is not None:
+        cells.append(str(row.n))
+    return "\t".join(cells)
 
 
 def read_rows(path: Path) -> Rows:
@@ -106,17 +124,17 @@ def parse_rows(content: bytes, path: Path) -> Rows:
     lines = content.decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    if not lines or lines[0].rstrip("\r") != HEADER:
-        found = lines[0].rstrip("\r") if lines else ""
+    header = lines[0].rstrip("\r") if lines else ""
+    if header not in (HEADER, HEADER_WITH_N):
         raise CertificationError(
-            f"{path}, line 1: the header is {found[:80]!r}, but certification rows start with "
-            f"{HEADER!r}."
+            f"{path}, line 1: the header is {header[:80]!r}, but certification rows start with "
+            f"{HEADER!r} or {HEADER_WITH_N!r}."
         )
     rows: list[CertifiedRow] = []
     line_of_idx: dict[int, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            row = _parse_row(line.rstrip("\r"))
+            row = _parse_row(line.rstrip("\r"), with_n=header == HEADER_WITH_N)
         except ValueError as error:
             raise CertificationError(f"{path}, line {number}: {error}.") from error
         if row.idx in line_of_idx:
@@ -129,11 +147,11 @@ def parse_rows(content: bytes, path: Path) -> Rows:
     return Rows.of(rows)
 
 
-def _parse_row(line: str) -> CertifiedRow:
+def _parse_row(line: str, with_n: bool) -> CertifiedRow:
     """Raise ValueError, saying what is wrong, if the line is not a row."""
     cells = line.split("\t")
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} columns where {len(COLUMNS)} are wanted")
+    if len(cells) != len(COLUMNS) + with_n:
+        raise ValueError(f"{len(cells)} columns where {len(COLUMNS) + with_n} are wanted")
     correct = _whole("correct", cells[4])
     if correct not in (0, 1):
         raise ValueError(f"correct={correct} is neither 0 nor 1")
@@ -149,6 +167,7 @@ def _parse_row(line: str) -> CertifiedRow:
         radius=_not_negative("radius", cells[3]),
         correct=correct,
         time=_seconds(cells[5]),
+        n=_at_least_one("n", cells[6]) if with_n else None,
     )
 
 
@@ -157,6 +176,13 @@ def _whole(name: str, cell: str) -> int:
     if _INTEGER.fullmatch(cell) is None:
         raise ValueError(f"{name}={cell!r} is not a whole number")
     return int(cell)
+
+
+def _at_least_one(name: str, cell: str) -> int:
+    value = _whole(name, cell)
+    if value < 1:
+        raise ValueError(f"{name}={cell} is less than 1")
+    return value
 
 
 def _not_negative(name: str, cell: str) -> float:

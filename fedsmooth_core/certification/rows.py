@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from fedsmooth_core.certification.row_format import (
     HEADER,
+    HEADER_WITH_N,
     CertifiedRow,
     Rows,
     format_row,
@@ -23,6 +24,8 @@ __all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_parameters"
 Parameters = Mapping[str, str | int | float | bool | None]
 """What determines a certificate, by name."""
 
+_NO_METHOD_YET = {"method": "fixed"}
+
 
 def parameters_path(path: Path) -> Path:
     """Return the file beside a file of rows that says how they were certified."""
@@ -31,6 +34,8 @@ def parameters_path(path: Path) -> Path:
 
 def read_parameters(rows: Path) -> dict[str, Any] | None:
     """Return what the rows of a file were certified with, or None if that is not recorded.
+
+    Where no ``method`` is recorded it is ``fixed``: there was no other when the file was begun.
 
     Raises:
         CertificationError: if the record is damaged.
@@ -46,7 +51,7 @@ def read_parameters(rows: Path) -> dict[str, Any] | None:
         raise CertificationError(
             f"{beside} is damaged: restore it from a copy, or certify into another file."
         )
-    return parameters
+    return _NO_METHOD_YET | parameters
 
 
 class RowFile:
@@ -60,8 +65,9 @@ class RowFile:
     Args:
         path: the file; it and its folder are made where they are missing.
         parameters: everything that determines a certificate (weights' hash, data set's fingerprint,
-            sigma, n0, n, alpha, seed, precision). They are kept in ``<name>.parameters.json``
-            beside the rows, and must be the same when the rows are continued.
+            and a :class:`~fedsmooth_core.certification.procedure.Procedure`'s terms). They are kept
+            in ``<name>.parameters.json`` beside the rows, and must be the same when the rows are
+            continued. Where their ``method`` is ``sequential``, rows have the column ``n``.
 
     Attributes:
         done: dataset indices of the images whose rows are in the file.
@@ -75,6 +81,7 @@ class RowFile:
 
     def __init__(self, path: Path, parameters: Parameters) -> None:
         self._path = path
+        self._with_n = parameters.get("method") == "sequential"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         try:
@@ -88,8 +95,29 @@ class RowFile:
         """Put one row on the disk.
 
         Raises:
-            CertificationError: if its image is in the file already.
+            CertificationError: as :meth:`extend`.
         """
+        self.extend([row])
+
+    def extend(self, rows: Sequence[CertifiedRow]) -> None:
+        """Put several rows on the disk at once; of those that a crash interrupts, the first are there.
+
+        Raises:
+            CertificationError: if an image is in the file already, or a row's n is missing or out of
+                place. The file is then as it was.
+        """
+        for row in rows:
+            self._check(row)
+        if rows:
+            self._write("\n".join(format_row(row) for row in rows))
+        self.done.update(row.idx for row in rows)
+
+    def _check(self, row: CertifiedRow) -> None:
+        if (row.n is not None) != self._with_n:
+            raise CertificationError(
+                f"{self._path} cannot hold image {row.idx}: the column n belongs to sequential "
+                "certification, and there to every row."
+            )
         if row.idx in self.done:
             raise CertificationError(
                 f"image {row.idx} is certified in {self._path} already: skip what is in `done`."
@@ -122,21 +150,22 @@ class RowFile:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         # A file that holds something else must not lose its last line: look before truncating.
-        torn_header = not whole and HEADER.encode().startswith(content)
+        torn_header = not whole and HEADER_WITH_N.encode().startswith(content)
         self.done = set()
         if not torn_header:
             self.done.update(parse_rows(whole or content, self._path).idx.tolist())
         if self.done:
             self._check_parameters(parameters)
-        else:
-            text = json.dumps(parameters, indent=2, sort_keys=True) + "\n"
-            write_atomically(parameters_path(self._path), text.encode())
-        self._file.truncate(len(whole))
-        if not whole:
-            self._write(HEADER)
-            sync_folder(self._path.parent)
+            self._file.truncate(len(whole))
+            return
+        text = json.dumps(parameters, indent=2, sort_keys=True) + "\n"
+        write_atomically(parameters_path(self._path), text.encode())
+        self._file.truncate(0)
+        self._write(HEADER_WITH_N if self._with_n else HEADER)
+        sync_folder(self._path.parent)
 
-    def _check_parameters(self, parameters: dict[str, str | int | float | bool | None]) -> None:
+    def _check_parameters(self, given: dict[str, str | int | float | bool | None]) -> None:
+        parameters = _NO_METHOD_YET | given
         known = read_parameters(self._path)
         if known is None:
             raise CertificationError(

@@ -175,6 +175,11 @@ def log_e_value(count: ArrayLike, n: ArrayLike, z: ArrayLike) -> NDArray[np.floa
     return np.asarray(result, dtype=np.float64)
 
 
+def check_grid(sigma: float, n: int, alpha: float, radius_step: float) -> None:
+    """Refuse a grid of more than ``MOST_RADII`` radii with a :class:`CertificationError`."""
+    _grid(sigma, n, (1 - ALPHA_OF_LOOKS) * alpha, radius_step)
+
+
 def _grid(sigma: float, n: int, alpha: float, radius_step: float) -> NDArray[np.float64]:
     """Return the multiples of the step that all of n draws showing one class would certify."""
     if not 0 < radius_step < math.inf:
