@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -9,7 +10,7 @@ from torch import nn
 
 from fedsmooth_core.certification.analysis import summary
 from fedsmooth_core.certification.certify import certify
-from fedsmooth_core.certification.rows import RowFile
+from fedsmooth_core.certification.rows import Parameters, RowFile
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.checkpoint import (
     Checkpoint,
@@ -85,11 +86,19 @@ def certify_checkpoint(
     with RowFile(folder / ROWS, parameters) as file:
         todo = [index for index in indices if index not in file.done]
         _certify_into(file, model, test_set, todo, config, device, console)
-    curve = load_curve(folder / ROWS)
-    figures = summary(curve.rows, table_radii([curve], settings.radius_step))
-    content = {"parameters": parameters, "num_test_images": len(test_set)} | figures
-    write_atomically(folder / SUMMARY, (json.dumps(content, indent=2) + "\n").encode())
+    write_summary(folder, parameters, len(test_set), settings.radius_step)
     return folder / ROWS
+
+
+def write_summary(
+    folder: Path, parameters: Parameters, num_test_images: int | None, radius_step: float
+) -> dict[str, Any]:
+    """Write and return all figures of the rows in a folder: they are complete if this file is there."""
+    curve = load_curve(folder / ROWS)
+    figures = summary(curve.rows, table_radii([curve], radius_step))
+    content = {"parameters": parameters, "num_test_images": num_test_images} | figures
+    write_atomically(folder / SUMMARY, (json.dumps(content, indent=2) + "\n").encode())
+    return content
 
 
 def _certify_into(

@@ -55,8 +55,42 @@ class TrainedRound:
     """l2 norm of the change of all floating-point weights."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase: ``connect`` (waiting for clients), ``train`` (from the questions to the last reply),
-    ``aggregate``, ``evaluate``. Parts of ``train``: ``send`` and ``receive`` (the server's own work with
-    questions and replies), ``slowest_client`` (what the slowest good client says it worked)."""
+    ``aggregate``, ``certify`` (on the clients), ``evaluate``. Parts of ``train``: ``send`` and
+    ``receive`` (the server's own work with questions and replies), ``slowest_client`` (what the slowest
+    good client says it worked)."""
+
+
+@dataclass(frozen=True)
+class FederatedAccuracy:
+    """What clients count of their own images after a round."""
+
+    radii: list[float]
+    """In [0, 1] pixel units, ascending from 0."""
+    cohort: list[int]
+    """The clients that were asked."""
+    num_clients: int
+    """Those that answered well."""
+    num_examples: int
+    """The images that they certified, together."""
+    num_held_out: int
+    """Of these, images that their client does not train on."""
+    num_abstained: int
+    """Of these, images without a certificate."""
+    refused: list[Refusal]
+    """Replies, silence included, that are no part of the figures."""
+    accuracy: list[float] | None = None
+    """At each radius the share of the images that are certified to be right; None without a quorum."""
+    confidence_interval_95: list[list[float]] | None = None
+    """[low, high] for each of them (Clopper-Pearson): how far the images of all clients may be from it."""
+    problem: str | None = None
+    """Why there is no accuracy."""
+
+    def at_smallest_radius(self) -> tuple[float, float] | None:
+        """Return (radius, accuracy) at the smallest radius > 0, or at 0 where there is no other."""
+        if self.accuracy is None:
+            return None
+        place = min(1, len(self.radii) - 1)
+        return self.radii[place], self.accuracy[place]
 
 
 @dataclass(frozen=True)
@@ -67,9 +101,14 @@ class RoundRecord:
     trained: TrainedRound
     evaluation: dict[str, float]
     """Empty in rounds without an evaluation."""
+    on_devices: FederatedAccuracy | None = None
+    """None in rounds that do not ask for it."""
 
     def as_json(self) -> dict[str, object]:
-        return {"round": self.server_round, **asdict(self.trained), **self.evaluation}
+        line = {"round": self.server_round, **asdict(self.trained), **self.evaluation}
+        if self.on_devices is not None:
+            line["federated_certified_accuracy"] = asdict(self.on_devices)
+        return line
 
 
 class Observer(Protocol):
@@ -126,7 +165,10 @@ class Recorder:
             # Whatever would be refused later is refused before anything is written.
             if config.certification.at_end:
                 rows = self.run.certification(config.federation.num_rounds) / "rows.tsv"
-                refuse_other_terms(rows, certification_terms(config, self.test_set, self.device))
+                terms = certification_terms(config, self.test_set, self.device)
+                if config.service.address is not None:
+                    del terms["device"]  # the service's
+                refuse_other_terms(rows, terms)
             self.run.record(config, kind)
             self.run.forget_rounds_after(self.completed_rounds)
             if not self.completed_rounds:
@@ -156,20 +198,26 @@ class Recorder:
         self.completed_rounds, self.state = completed, checkpoint.state
 
     def round_finished(
-        self, server_round: int, state: Mapping[str, Tensor], trained: TrainedRound
+        self,
+        server_round: int,
+        state: Mapping[str, Tensor],
+        trained: TrainedRound,
+        on_devices: FederatedAccuracy | None = None,
     ) -> None:
-        """Record one round, given the weights after it."""
+        """Record one round, given the weights after it and what clients certified of them."""
         every, last = self.config.evaluation.every, self.config.federation.num_rounds
         evaluation: dict[str, float] = {}
         if server_round == last or (every and server_round % every == 0):
             started = time.perf_counter()
             evaluation = self._evaluate(state)
             trained.seconds["evaluate"] = time.perf_counter() - started
-        record = RoundRecord(server_round, trained, evaluation)
+        record = RoundRecord(server_round, trained, evaluation, on_devices)
         # The line before the checkpoint: a resumed run drops lines beyond its checkpoint, so no
         # crash between the two leaves a round without its line, or with two.
         self.run.append_metrics(record.as_json())
-        if server_round == last or server_round % self.config.federation.checkpoint_every == 0:
+        # A model that the service is to certify is one that is on the disk.
+        due = (self.config.federation.checkpoint_every, self.config.certification.every)
+        if server_round == last or any(every and server_round % every == 0 for every in due):
             self._save(server_round, state)
         for observer in self._observers:
             observer.round_finished(record)
@@ -197,6 +245,7 @@ class Recorder:
             "dataset": {
                 "fingerprint": self.train_set.info.fingerprint,
                 "class_names": list(self.train_set.info.class_names),
+                "num_test_images": len(self.test_set),
             },
             "config": to_nested(self.config),
         }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fedsmooth_core.certification.procedure import Procedure
 from fedsmooth_core.certification.rows import read_parameters
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.config import RunConfig, Scalar
@@ -17,6 +18,19 @@ def certification_terms(
     """Return, by name, everything but the weights that determines the rows of a certification."""
     num_images = len(subset_indices(len(test_set), config.certification.num_images))
     return terms_on(config, test_set.info.fingerprint, num_images, device.type)
+
+
+def procedure_of(config: RunConfig) -> Procedure:
+    """Return how a run's models are certified."""
+    settings = config.certification
+    return Procedure(
+        sigma=config.certified_sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        radius_step=settings.radius_step,
+        seed=config.seed,
+    )
 
 
 def terms_on(
