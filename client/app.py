@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import nn
 
-from client.local_data import local_data
+from client.local_data import images_to_certify, local_data
 from client.node import OUT_OF_MEMORY, NodeFacts
 from fedsmooth_core import wire
 from fedsmooth_core.config import TrainingPlan, from_flat
@@ -71,8 +71,31 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}), reply_to=message)
 
 
+@app.evaluate()
+def certify(message: Message, context: Context) -> Message:
+    """Certify the global model at a few of this client's own images; answer with counts alone."""
+    # Imported here: the statistics cost a fresh process more than a train message can bear.
+    from client.certification import Order, certified_counts
+
+    try:
+        task = _read(message)
+        order = Order.read(message.content.config_records[wire.CONFIG])
+        facts = NodeFacts.read(context.node_config)
+        device = facts.prepare()
+        own = images_to_certify(
+            facts, task.plan, task.spec, task.class_names, task.client, order.num_images, device
+        )
+        model = _load_model(task.spec, message.content.array_records[wire.ARRAYS], device)
+        counts = certified_counts(model, own, order, task.client, facts.limits.max_batch, device)
+    except FedSmoothError as error:
+        return _refusal(error, message)
+    except torch.OutOfMemoryError:
+        return _refusal(ConfigError(OUT_OF_MEMORY), message)
+    return Message(RecordDict({wire.METRICS: counts}), reply_to=message)
+
+
 class _Task(NamedTuple):
-    """What a train message asks for."""
+    """What every train and evaluate message says."""
 
     plan: TrainingPlan
     spec: ModelSpec
@@ -82,7 +105,7 @@ class _Task(NamedTuple):
 
 
 def _read(message: Message) -> _Task:
-    """Unpack a train message, or say in one sentence what it lacks."""
+    """Unpack a message, or say in one sentence what it lacks."""
     config = message.content.config_records.get(wire.CONFIG)
     if config is None or wire.ARRAYS not in message.content.array_records:
         raise ConfigError(

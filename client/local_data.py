@@ -1,9 +1,13 @@
-"""Find this device's own training data, from its node configuration."""
+"""Find this device's own data, from its node configuration: what it trains on, what it certifies."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from client.node import NodeFacts
@@ -13,6 +17,7 @@ from fedsmooth_core.data import (
     ArrayDataset,
     ClientData,
     client_indices,
+    held_out_indices,
     load_dataset,
     load_device_folder,
 )
@@ -21,14 +26,26 @@ from fedsmooth_core.models import ModelSpec
 
 
 # Opened once a process: a simulation answers thousands of messages in one.
-@lru_cache(maxsize=2)
-def _training_set(config: DatasetConfig) -> ArrayDataset:
-    return load_dataset(config, "train")
+@lru_cache(maxsize=4)
+def _data_set(config: DatasetConfig, split: str) -> ArrayDataset:
+    return load_dataset(config, split)
 
 
-@lru_cache(maxsize=2)
-def _own_images(folder: str, image_size: int | None, class_names: tuple[str, ...]) -> ArrayDataset:
-    return load_device_folder(folder, image_size, class_names)
+@lru_cache(maxsize=4)
+def _own_images(
+    folder: str, image_size: int | None, class_names: tuple[str, ...], split: str
+) -> ArrayDataset:
+    return load_device_folder(folder, image_size, class_names, split)
+
+
+class OwnImages(NamedTuple):
+    """Images that a client certifies."""
+
+    data: ClientData
+    indices: list[int]
+    """Their places in the split that they are of."""
+    are_held_out: bool
+    """Whether they are of the ``test`` split, which nobody trains on."""
 
 
 def local_data(
@@ -48,12 +65,63 @@ def local_data(
     Raises:
         ConfigError, DataError: one sentence about what is wrong with the node or its data.
     """
+    dataset = _open(facts, plan, spec, class_names, "train")
+    indices = None if facts.data_path is not None else _dealt(facts, plan, dataset, client)
+    return ClientData.from_dataset(dataset, indices, device)
+
+
+def images_to_certify(
+    facts: NodeFacts,
+    plan: TrainingPlan,
+    spec: ModelSpec,
+    class_names: Sequence[str],
+    client: int,
+    num_images: int,
+    device: torch.device,
+) -> OwnImages:
+    """Load a few images of this client's own, the same ones in every round.
+
+    A device with a folder takes evenly spaced ones of its ``test/``, or of its ``train/`` where there
+    is no ``test/``. A client with a partition takes images of the data set's test split, of classes in
+    the proportions that it trains on. Arguments are those of :func:`local_data`.
+
+    Args:
+        num_images: how many; fewer where there are fewer.
+
+    Raises:
+        ConfigError, DataError: one sentence about what is wrong with the node or its data.
+    """
+    split = "test"
+    if facts.data_path is not None:
+        if not (Path(facts.data_path).expanduser() / "test").is_dir():
+            split = "train"
+        dataset = _open(facts, plan, spec, class_names, split)
+        wanted = min(num_images, len(dataset))
+        # All of the folder, whose images are ordered by class, and not its first images alone.
+        indices = np.arange(wanted) * len(dataset) // wanted
+    else:
+        train = _open(facts, plan, spec, class_names, "train")
+        dataset = _open(facts, plan, spec, class_names, "test")
+        own = train.labels[_dealt(facts, plan, train, client)]
+        number = _number(facts, client)
+        indices = held_out_indices(own, dataset.labels, num_images, plan.seed, number)
+    data = ClientData.from_dataset(dataset, indices, device)
+    return OwnImages(data, indices.tolist(), split == "test")
+
+
+def _open(
+    facts: NodeFacts,
+    plan: TrainingPlan,
+    spec: ModelSpec,
+    class_names: Sequence[str],
+    split: str,
+) -> ArrayDataset:
     if facts.data_path is not None:
         where = facts.data_path
-        dataset = _own_images(where, plan.dataset.image_size, tuple(class_names))
+        dataset = _own_images(where, plan.dataset.image_size, tuple(class_names), split)
     else:
         where = plan.dataset.root if facts.dataset_root is None else facts.dataset_root
-        dataset = _training_set(replace(plan.dataset, root=where))
+        dataset = _data_set(replace(plan.dataset, root=where), split)
         if list(dataset.info.class_names) != list(class_names):
             raise DataError(
                 f"The data set {plan.dataset.name} in {where} has the classes "
@@ -66,8 +134,14 @@ def local_data(
             f"{where} holds images of (channels, height, width) {dataset.info.shape}, but the "
             f"federation's model takes {shape}: resize them, or convert them."
         )
-    if facts.data_path is not None:
-        return ClientData.from_dataset(dataset, None, device)
-    number = client if facts.partition is None else facts.partition[0]
-    indices = client_indices(dataset.labels, plan.partition, plan.seed, number)
-    return ClientData.from_dataset(dataset, indices, device)
+    return dataset
+
+
+def _number(facts: NodeFacts, client: int) -> int:
+    return client if facts.partition is None else facts.partition[0]
+
+
+def _dealt(
+    facts: NodeFacts, plan: TrainingPlan, train: ArrayDataset, client: int
+) -> npt.NDArray[np.int64]:
+    return client_indices(train.labels, plan.partition, plan.seed, _number(facts, client))

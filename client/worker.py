@@ -42,7 +42,8 @@ _PATIENCE_SECONDS = 5.0  # for a process that was asked to end
 
 def load() -> None:
     """Import what a ClientApp will need, so that a fork of this process has it."""
-    importlib.import_module("client.app")
+    for module in ("client.app", "client.certification"):
+        importlib.import_module(module)
     import torch
 
     # The first optimizer of a process imports PyTorch's compiler and sympy: 1.5 s.

@@ -16,12 +16,15 @@ class Purpose(StrEnum):
 
     MODEL_INIT = "model-init"
     PARTITION = "partition"
+    HELD_OUT = "held-out"
     COHORT = "cohort"
+    CERTIFIED_COHORT = "certified-cohort"
     LOCAL_TRAINING = "local-training"
     EVALUATION = "evaluation"
     SELECTION = "certify-selection"
     ESTIMATION = "certify-estimation"
     PREDICTION = "predict"
+    ON_DEVICE = "certify-on-device"
 
 
 def derive_seed(run_seed: int, purpose: Purpose, *indices: int) -> int:

@@ -15,6 +15,11 @@ CLASS_NAMES = "class-names"
 PLAN_PREFIX = "plan."
 SPEC_PREFIX = "spec."
 
+# Keys that the server sends besides in an evaluate message: what to certify
+CERTIFY_PREFIX = "certify."  # of the flat procedure
+NUM_IMAGES = "num-images"
+RADII = "radii"
+
 # Keys of a device's own node configuration, and of its answer to the server's query
 NUM_PARTITIONS = "num-partitions"
 DATA_PATH = "data-path"
@@ -31,3 +36,9 @@ TRAIN_ACCURACY = "train-accuracy"
 SETUP_SECONDS = "setup-seconds"  # reading the message, finding the data, loading the weights
 TRAIN_SECONDS = "train-seconds"
 TRAIN_METRICS = frozenset({NUM_EXAMPLES, TRAIN_LOSS, TRAIN_ACCURACY, SETUP_SECONDS, TRAIN_SECONDS})
+
+# Metrics of an evaluate reply, beside num-examples (the images certified): counts alone
+HELD_OUT = "held-out"  # of the images certified, those that the client does not train on
+ABSTAINED = "abstained"
+CORRECT = "correct"  # a list: how many are certified to be right at each of the radii asked for
+CERTIFY_METRICS = frozenset({NUM_EXAMPLES, HELD_OUT, ABSTAINED, CORRECT})

@@ -10,6 +10,10 @@ from flwr.serverapp import Grid
 
 POLL_SECONDS = 0.2  # Flower's own `send_and_receive` looks every 3 s
 
+CLOCK_TOLERANCE_SECONDS = 300.0
+"""A message lives this much longer than its round's deadline: a device's clock may be wrong by as much,
+and Flower has the device count down."""
+
 Questions = dict[str, Metadata]
 """What was asked and is not answered yet, by message id."""
 

@@ -43,7 +43,9 @@ def _train(recorder: Recorder, grid: Grid) -> None:
     with recorder:
         for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
             arrays = strategy.train_round(server_round, arrays, grid, recorder)
-            recorder.round_finished(server_round, arrays.to_torch_state_dict(), strategy.trained)
+            trained = strategy.trained
+            certified = strategy.on_devices.certify_round(server_round, arrays, grid, trained)
+            recorder.round_finished(server_round, arrays.to_torch_state_dict(), trained, certified)
     rounds = run.read_metrics()
     if rounds and not any(line.get("num_examples") for line in rounds):
         reasons = [refusal["reason"] for line in rounds for refusal in line.get("refused", [])]

@@ -16,7 +16,7 @@ from rich.progress import (
 
 from fedsmooth_core import wire
 from fedsmooth_core.config import RunConfig
-from server.recorder import RoundRecord, TrainedRound
+from server.recorder import FederatedAccuracy, RoundRecord, TrainedRound
 from server.run_directory import RunDirectory
 
 _LOG_SECONDS = 10.0
@@ -64,7 +64,7 @@ class TrainingProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = _bars(console) if console.is_terminal else None
-        self._last = ""
+        self._last = self._on_devices = ""
         self._printed = 0.0
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
@@ -84,7 +84,8 @@ class TrainingProgress:
             self._bars.reset(self._clients, total=len(trained.cohort))
 
     def client_done(self) -> None:
-        if self._bars is not None and self._bars.tasks:
+        # When all of a cohort have trained, what comes more is certificates of devices.
+        if self._bars is not None and self._bars.tasks and not self._bars.tasks[-1].finished:
             self._bars.update(self._clients, advance=1)
 
     def round_finished(self, record: RoundRecord) -> None:
@@ -94,6 +95,13 @@ class TrainingProgress:
                 soft_wrap=True,
                 markup=False,  # the reason may hold whatever a client wrote
             )
+        for refusal in record.on_devices.refused if record.on_devices else []:
+            self._console.print(
+                f"Round {record.server_round}: client {refusal.client} certifies nothing: "
+                f"{refusal.reason}.",
+                soft_wrap=True,
+                markup=False,
+            )
         if not record.trained.aggregated:
             self._console.print(
                 f"Round {record.server_round}: too few good replies, so the model is kept as it was."
@@ -101,16 +109,23 @@ class TrainingProgress:
         if record.evaluation:
             clean, noisy = (record.evaluation[f"{kind}-accuracy"] for kind in ("clean", "noisy"))
             self._last = f"test accuracy {clean:.1%} clean, {noisy:.1%} noisy"
+        if record.on_devices is not None:
+            self._on_devices = _on_devices(record.on_devices)
+        notes = [note for note in (self._last, self._on_devices) if note]
         if self._bars is not None:
-            self._bars.update(self._rounds, advance=1, note=self._last)
-        elif record.evaluation or time.monotonic() - self._printed > _LOG_SECONDS:
+            self._bars.update(self._rounds, advance=1, note=", ".join(notes))
+        elif (
+            record.evaluation
+            or record.on_devices
+            or time.monotonic() - self._printed > _LOG_SECONDS
+        ):
             self._printed = time.monotonic()
             loss = record.trained.metrics.get(wire.TRAIN_LOSS, float("nan"))
-            phases = ("connect", "train", "aggregate", "evaluate")
+            phases = ("connect", "train", "aggregate", "certify", "evaluate")
             seconds = sum(record.trained.seconds.get(phase, 0.0) for phase in phases)
-            parts = [f"train loss {loss:.3f}", self._last, f"{seconds:.1f} s a round"]
+            parts = [f"train loss {loss:.3f}", *notes, f"{seconds:.1f} s a round"]
             self._console.print(
-                f"Round {record.server_round} of {self._total}: {', '.join(filter(None, parts))}",
+                f"Round {record.server_round} of {self._total}: {', '.join(parts)}",
                 soft_wrap=True,
             )
 
@@ -118,3 +133,11 @@ class TrainingProgress:
         if self._bars is not None:
             self._bars.remove_task(self._clients)
             self._bars.stop()
+
+
+def _on_devices(certified: FederatedAccuracy) -> str:
+    figure = certified.at_smallest_radius()
+    if figure is None:
+        return f"on devices nothing certified ({certified.problem})"
+    radius, accuracy = figure
+    return f"on devices {accuracy:.1%} certified at radius {radius:g}"

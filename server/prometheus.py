@@ -40,6 +40,12 @@ class Prometheus:
         self._seconds = gauge("round_seconds", "Seconds of the last round, by phase", "phase")
         self._train = gauge("train", "Example-weighted means of what clients report", "metric")
         self._accuracy = gauge("test_accuracy", "Accuracy on the server's test set", "kind")
+        self._certified = gauge(
+            "device_certified_accuracy", "Certified accuracy on the clients' own images", "radius"
+        )
+        self._certified_images = gauge(
+            "device_certified_images", "Images that the clients certified when they were last asked"
+        )
         self._attempts = counter("attempts", "Cohorts asked by this process")
         self._refused = counter("refused_replies", "Replies refused by this process")
         self._late = counter("late_replies", "Replies that came after their round")
@@ -87,6 +93,14 @@ class Prometheus:
         for kind in ("clean", "noisy"):
             if f"{kind}-accuracy" in record.evaluation:
                 self._accuracy.labels(kind).set(record.evaluation[f"{kind}-accuracy"])
+        if record.on_devices is not None:
+            self._refused.inc(len(record.on_devices.refused))
+            self._certified_images.set(record.on_devices.num_examples)
+            # Old figures do not stand for new ones that could not be had.
+            self._certified.clear()
+            shares = record.on_devices.accuracy or []
+            for radius, share in zip(record.on_devices.radii, shares, strict=False):
+                self._certified.labels(f"{radius:g}").set(share)
 
     def run_finished(self) -> None:
         """The last figures stay until the process ends."""

@@ -58,6 +58,57 @@ def read_reply(
     return _read_state(arrays, expected), metrics
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What one client counted of its own images."""
+
+    num_examples: int
+    num_held_out: int
+    num_abstained: int
+    correct: list[int]
+    """How many are certified to be right, at each radius that was asked for."""
+
+
+def read_counts(reply: Message, num_asked: int, num_radii: int) -> Counts:
+    """Return what an evaluate reply counts, after checking that images can be counted so.
+
+    Args:
+        reply: an evaluate reply without error.
+        num_asked: the most images that it was asked for.
+        num_radii: radii that it was asked for, ascending.
+
+    Raises:
+        BadReplyError: with the reason.
+    """
+    if list(reply.content) != [wire.METRICS] or wire.METRICS not in reply.content.metric_records:
+        raise BadReplyError(
+            f"its records are {sorted(reply.content)} instead of the metrics '{wire.METRICS}' alone"
+        )
+    metrics = reply.content.metric_records[wire.METRICS]
+    if set(metrics) != wire.CERTIFY_METRICS:
+        raise BadReplyError(
+            f"its metrics are {sorted(metrics)} instead of {sorted(wire.CERTIFY_METRICS)}"
+        )
+    num_examples = _whole(wire.NUM_EXAMPLES, metrics[wire.NUM_EXAMPLES], 1, num_asked)
+    held_out = _whole(wire.HELD_OUT, metrics[wire.HELD_OUT], 0, num_examples)
+    abstained = _whole(wire.ABSTAINED, metrics[wire.ABSTAINED], 0, num_examples)
+    correct = metrics[wire.CORRECT]
+    if not isinstance(correct, list) or len(correct) != num_radii:
+        raise BadReplyError(f"{wire.CORRECT} is no list of {num_radii} counts, one a radius")
+    # Nothing is certified at a larger radius that is not at a smaller one.
+    most, counts = num_examples - abstained, []
+    for count in correct:
+        most = _whole(wire.CORRECT, count, 0, most)
+        counts.append(most)
+    return Counts(num_examples, held_out, abstained, counts)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise BadReplyError(f"{name}={value!r} is not an integer in [{low}, {high}]")
+    return value
+
+
 def _check_metrics(metrics: MetricRecord, max_num_examples: int) -> None:
     if set(metrics) != wire.TRAIN_METRICS:
         raise BadReplyError(

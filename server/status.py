@@ -119,6 +119,9 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
         )
     if status.rounds:
         _print_rounds(status.rounds[-_ROUNDS_SHOWN:], console)
+    on_devices = [line for line in status.rounds if "federated_certified_accuracy" in line]
+    if on_devices:
+        say(_on_devices(on_devices[-1]))
     if status.clients:
         _print_clients(status.clients, console)
     curve = _curve(path)
@@ -131,6 +134,25 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
         say("The final model is not certified yet.")
 
 
+def _on_devices(line: dict[str, Any]) -> str:
+    """Say what clients certified of their own images after the last round that asked for it."""
+    certified = line["federated_certified_accuracy"]
+    what = f"Certified accuracy on the clients' own images after round {line['round']}: "
+    if certified["accuracy"] is None:
+        return f"{what}none, for {certified['problem']}."
+    figures = zip(
+        certified["radii"],
+        certified["accuracy"],
+        certified["confidence_interval_95"],
+        strict=True,
+    )
+    shown = ", ".join(f"{a:.1%} [{low:.1%}, {high:.1%}] at {r:g}" for r, a, (low, high) in figures)
+    return (
+        f"{what}{shown} ({certified['num_examples']} images of {certified['num_clients']} clients, "
+        f"{certified['num_held_out']} of them held out; 95 % intervals)."
+    )
+
+
 def _clients(
     config: RunConfig, run: RunDirectory, rounds: list[dict[str, Any]], completed: int
 ) -> list[ClientRecord]:
@@ -141,7 +163,8 @@ def _clients(
     last: dict[int, tuple[int, str]] = {}
     times: Counter[int] = Counter()
     for line in rounds:
-        for refusal in line.get("refused", []):
+        on_devices = line.get("federated_certified_accuracy", {}).get("refused", [])
+        for refusal in [*line.get("refused", []), *on_devices]:
             last[int(refusal["client"])] = int(line["round"]), str(refusal["reason"])
             times[int(refusal["client"])] += 1
     return [

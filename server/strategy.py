@@ -25,16 +25,13 @@ from fedsmooth_core.aggregation import update_norm
 from fedsmooth_core.config import RunConfig, to_flat
 from fedsmooth_core.models import ModelSpec
 from server.conduct import Conduct
-from server.exchange import Exchange
+from server.device_certification import DeviceCertification
+from server.exchange import CLOCK_TOLERANCE_SECONDS, Exchange
 from server.recorder import Recorder, TrainedRound
 from server.replies import BadReplyError, Refusal, read_reply, readable
 from server.robust import Aggregator
 from server.roster import Roster
 from server.sampling import sample_cohort
-
-# A message lives this much longer than the round's deadline: a device's clock may be wrong by as much,
-# and Flower has the device count down.
-_CLOCK_TOLERANCE_SECONDS = 300.0
 
 _LOG_SECONDS = 60.0
 
@@ -64,6 +61,7 @@ class SmoothAdvFedAvg(FedAvg):
 
     Attributes:
         trained: what the current round, or the last one, did.
+        on_devices: asks clients to certify a round's model; it shares what is known of the nodes.
     """
 
     def __init__(
@@ -90,6 +88,7 @@ class SmoothAdvFedAvg(FedAvg):
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
         self._facts.update(to_flat(config.plan, wire.PLAN_PREFIX))
         self._facts.update(to_flat(spec, wire.SPEC_PREFIX))
+        self.on_devices = DeviceCertification(config, self._facts, roster, conduct, self._exchange)
         self._max_num_examples = max_num_examples
         self._round = 0
         self._global: Mapping[str, Tensor] = {}
@@ -172,7 +171,7 @@ class SmoothAdvFedAvg(FedAvg):
                 RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts}),
                 nodes[client],
                 MessageType.TRAIN,
-                ttl=self.config.federation.deadline_seconds + _CLOCK_TOLERANCE_SECONDS,
+                ttl=self.config.federation.deadline_seconds + CLOCK_TOLERANCE_SECONDS,
                 group_id=str(server_round),
             )
             messages.append(message)
@@ -214,7 +213,7 @@ class SmoothAdvFedAvg(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask no client: the server evaluates the global model itself."""
+        """Ask no client here: the server evaluates the global model itself; see ``on_devices``."""
         return []
 
     def aggregate_train(
@@ -334,7 +333,8 @@ class SmoothAdvFedAvg(FedAvg):
         client = self._roster.client_of(question.dst_node_id)
         is_reply = isinstance(reply, Message) and not reply.has_error()
         what = "its reply to" if is_reply else "its failure in"
-        reason = f"{what} round {question.group_id} came after that was over, and is dropped"
+        asked = "the certification of " if question.message_type == MessageType.EVALUATE else ""
+        reason = f"{what} {asked}round {question.group_id} came after that was over, and is dropped"
         if client is not None:
             log(INFO, "Client %d: %s.", client, reason)
             self.trained.late.append(Refusal(client, reason))

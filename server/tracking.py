@@ -25,6 +25,12 @@ class TensorBoard:
         scalars["server/update-norm"] = trained.update_norm
         scalars["server/refused-clients"] = float(len(trained.refused))
         scalars["server/attempts"] = float(trained.attempts)
+        if record.on_devices is not None:
+            scalars["devices/num-examples"] = float(record.on_devices.num_examples)
+            scalars["devices/refused-clients"] = float(len(record.on_devices.refused))
+            shares = record.on_devices.accuracy or []
+            for radius, share in zip(record.on_devices.radii, shares, strict=False):
+                scalars[f"devices/certified-accuracy-at-{radius:g}"] = share
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.server_round)
 

@@ -8,7 +8,7 @@ from fedsmooth_core.data.batches import ClientData, augment, training_batches
 from fedsmooth_core.data.datasets import dataset_names, load_dataset, load_device_folder
 from fedsmooth_core.data.info import ArrayDataset, DatasetInfo
 from fedsmooth_core.data.inspection import folder_problems
-from fedsmooth_core.data.partition import client_indices
+from fedsmooth_core.data.partition import client_indices, held_out_indices
 
 __all__ = [
     "ArrayDataset",
@@ -18,6 +18,7 @@ __all__ = [
     "client_indices",
     "dataset_names",
     "folder_problems",
+    "held_out_indices",
     "load_dataset",
     "load_device_folder",
     "training_batches",

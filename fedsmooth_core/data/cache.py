@@ -139,7 +139,8 @@ def _describe(name: str, decoded: Decoded) -> DatasetInfo:
         for array in decoded.splits[split]:
             digest.update(json.dumps([split, array.shape]).encode())
             digest.update(np.ascontiguousarray(array).data)
-    images, _ = decoded.splits["train"]
+    # A device's test images are decoded alone: what it tests on is no part of what it trains on.
+    images, _ = decoded.splits.get("train") or decoded.splits["test"]
     mean, std = _mean_and_std(images, decoded.max_value)
     _, channels, height, width = images.shape
     return DatasetInfo(

@@ -38,32 +38,33 @@ def load_dataset(config: DatasetConfig, split: str) -> ArrayDataset:
 
 
 def load_device_folder(
-    folder: str, image_size: int | None, class_names: Sequence[str]
+    folder: str, image_size: int | None, class_names: Sequence[str], split: str = "train"
 ) -> ArrayDataset:
-    """Open a device's own images, ``train/<class>/*``, with the labels of its federation.
+    """Open a device's own images, ``<split>/<class>/*``, with the labels of its federation.
 
     A device may lack some of the classes; label k is ``class_names[k]`` all the same. Cached as
     :func:`load_dataset` does.
 
     Args:
-        folder: what holds train/.
+        folder: what holds train/, and perhaps test/.
         image_size: side in pixels that images are resized to; None keeps their one native size.
         class_names: the federation's.
+        split: ``train`` or ``test``; neither is looked at for the other.
 
     Raises:
         DataError: for a class that the federation does not know, or images that cannot be read.
     """
     root = Path(folder).expanduser().absolute()
-    own = open_cached("device", ImageFolder(root, image_size, splits=("train",)), "train")
+    own = open_cached("device", ImageFolder(root, image_size, splits=(split,)), split)
     unknown = [name for name in own.info.class_names if name not in class_names]
     if unknown:
         raise DataError(
             f"{folder} has the classes {', '.join(own.info.class_names)}, but the federation's are "
-            f"{', '.join(class_names)}: rename or remove {', '.join(unknown)} in train/."
+            f"{', '.join(class_names)}: rename or remove {', '.join(unknown)} in {split}/."
         )
     label_of = np.array([class_names.index(name) for name in own.info.class_names], dtype=np.int64)
     info = replace(own.info, class_names=tuple(class_names))
-    return ArrayDataset(info, "train", own.images, label_of[own.labels])
+    return ArrayDataset(info, split, own.images, label_of[own.labels])
 
 
 def _source(config: DatasetConfig) -> Source:

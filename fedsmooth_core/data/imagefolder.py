@@ -30,7 +30,7 @@ class ImageFolder:
     Args:
         root: what holds a folder for each of ``splits``.
         image_size: side in pixels that images are resized to; None keeps their one native size.
-        splits: a device has training images alone, and may have a single class.
+        splits: both, or one alone, as a device's are read: that may hold a single class.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class ImageFolder:
 
     def decode(self) -> Decoded:
         listing = _scan(self._root, self._splits)
-        class_names = tuple(listing["train"])
+        first = self._splits[0]
+        class_names = tuple(listing[first])
         paths = {
             split: [
                 self._root / split / name / file
@@ -54,7 +55,7 @@ class ImageFolder:
             ]
             for split, classes in listing.items()
         }
-        size = self._size(paths["train"][0])
+        size = self._size(paths[first][0])
         return Decoded(
             state=self._state(listing),
             class_names=class_names,
@@ -87,7 +88,7 @@ def _scan(root: Path, splits: tuple[str, ...]) -> _Listing:
             wanted = " and ".join(f"{split}/<class>/" for split in splits)
             raise DataError(f"{folder} is missing: {root} must hold folders of images {wanted}.")
         listing[split] = {name: scan_class(folder / name) for name in class_folders(folder)}
-    if "test" not in splits:
+    if len(splits) == 1:
         return listing
     _check_same_classes(root, listing)
     if len(listing["train"]) < 2:

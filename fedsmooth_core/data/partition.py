@@ -57,6 +57,48 @@ def client_indices(
     return np.sort(chosen)
 
 
+def held_out_indices(
+    own_labels: npt.NDArray[np.int64],
+    test_labels: npt.NDArray[np.int64],
+    num_samples: int,
+    run_seed: int,
+    client: int,
+) -> Indices:
+    """Return test samples for one client, whose classes are about as frequent as among its own.
+
+    A partition deals training samples alone. What a client would meet after training is of the same
+    kind as what it trained on, so its test samples are drawn from the shared test set, class by class
+    in the proportions of its own labels. Clients draw independently of each other.
+
+    Args:
+        own_labels: of the client's training samples.
+        test_labels: (N,) of the test set.
+        num_samples: how many, >= 1; fewer where the client's classes have fewer.
+        run_seed: the run's seed.
+        client: its number.
+
+    Returns:
+        Distinct indices into ``test_labels``, ascending.
+
+    Raises:
+        DataError: when the test set has none of the client's classes.
+    """
+    num_classes = 1 + int(max(own_labels.max(), test_labels.max()))
+    available = np.bincount(test_labels, minlength=num_classes)
+    own = np.bincount(own_labels, minlength=num_classes) * (available > 0)
+    available = available * (own > 0)
+    size = min(num_samples, int(available.sum()))
+    if not size:
+        raise DataError("The test set holds no image of the classes that this client trains on.")
+    rng = numpy_generator(run_seed, Purpose.HELD_OUT, client)
+    counts = _capped_multinomial(size, own / own.sum(), available, rng)
+    chosen = [
+        rng.choice(np.flatnonzero(test_labels == label), counts[label], replace=False)
+        for label in np.flatnonzero(counts)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
 def _share(num_samples: int, config: PartitionConfig, client: int) -> tuple[int, int]:
     """Return where in the permutation an iid client's samples start, and how many it holds."""
     size = config.samples_per_client

@@ -16,7 +16,7 @@ class Decoded:
     class_names: tuple[str, ...]
     max_value: int
     splits: Mapping[str, tuple[Images, Labels]]
-    """``train`` and ``test`` (a device: ``train`` alone): images (N, C, H, W) and labels (N,)."""
+    """``train`` and ``test`` (a device: one of them alone): images (N, C, H, W) and labels (N,)."""
 
 
 class Source(Protocol):
