@@ -347,6 +347,9 @@ class CertificationConfig(Section):
     """CERTIFY (Cohen et al. 2019): n0 draws select a class, n fresh draws bound its probability."""
 
     SECTION = "certification"
+    method: str = setting("fixed", one_of("fixed", "sequential"))
+    """``fixed``: n draws for every image. ``sequential``: as many as it takes to decide its certified
+    radius on the grid of ``radius_step``, at most n, at the same alpha."""
     at_end: bool = True
     """Certify the final model as the last part of a run."""
     every: int = setting(0, at_least(0))
@@ -357,15 +360,17 @@ class CertificationConfig(Section):
     n0: int = setting(100, at_least(1))
     """Draws that select a class."""
     n: int = setting(100_000, at_least(1))
-    """Fresh draws that count that class."""
+    """Fresh draws that count that class; with ``sequential`` the most that an image may take."""
     alpha: float = setting(0.001, strictly_between(0, 1))
     """Failure probability of each image's certificate."""
+    precision: str = setting("float32", one_of("float32", "bfloat16"))
+    """In which the model computes. A certificate is about the model in this precision: serve it so."""
     num_images: int | None = setting(None, at_least(1))
     """Test images to certify, evenly spaced (every k-th); null certifies all of them."""
     batch_size: int = setting(512, at_least(1))
     """Noisy images in one forward pass. Changes the speed, never a certificate."""
     radius_step: float = setting(0.25, above(0))
-    """Grid step of the printed table."""
+    """Grid step of the printed table; with ``sequential`` also of the radii that are decided."""
 
 
 @dataclass(frozen=True)

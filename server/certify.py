@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from fedsmooth_core.certification.analysis import summary
-from fedsmooth_core.certification.certify import certify
+from fedsmooth_core.certification.procedure import certify_images
 from fedsmooth_core.certification.rows import Parameters, RowFile
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.checkpoint import (
@@ -26,7 +26,7 @@ from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError, CheckpointError
 from server.progress import counting
 from server.report import load_curve, table_radii
-from server.terms import certification_terms
+from server.terms import certification_terms, procedure_of
 
 ROWS = "rows.tsv"
 SUMMARY = "summary.json"
@@ -76,8 +76,6 @@ def certify_checkpoint(
     loaded = load_model(checkpoint)
     _check_fit(checkpoint, test_set, path)
     device = choose_device(config.runtime.device)
-    # Rows say float32, so CUDA may not round convolutions to TF32 as it would by default.
-    torch.backends.cudnn.allow_tf32 = False
     model = loaded.to(device)
     settings = config.certification
     indices = subset_indices(len(test_set), settings.num_images)
@@ -110,19 +108,14 @@ def _certify_into(
     device: torch.device,
     console: Console | None,
 ) -> None:
-    settings = config.certification
-    rows = certify(
+    rows = certify_images(
         model,
         torch.from_numpy(test_set.images[todo]),
         torch.from_numpy(test_set.labels[todo]),
         todo,
         max_value=test_set.info.max_value,
-        sigma=config.certified_sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        seed=config.seed,
-        batch_size=settings.batch_size,
+        procedure=procedure_of(config),
+        batch_size=config.certification.batch_size,
         device=device,
     )
     correct = 0

@@ -33,7 +33,9 @@ from server import configuration
 ROWS_IN_RUN = "certification/round-*/rows.tsv"
 """Where a run directory keeps its certification rows: a folder for each certified round."""
 
-_TERMS = tuple(f"certification.{key}" for key in ("sigma", "n0", "n", "alpha"))
+_TERMS = tuple(
+    f"certification.{key}" for key in ("method", "sigma", "n0", "n", "alpha", "precision")
+)
 
 # Settings that do not say what was trained or certified, so no curve is named after them.
 _SAYS_NOTHING = (

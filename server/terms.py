@@ -12,6 +12,25 @@ from fedsmooth_core.data import ArrayDataset
 from fedsmooth_core.errors import ConfigError
 
 
+def procedure_of(config: RunConfig) -> Procedure:
+    """Return how a run's models are certified.
+
+    Raises:
+        CertificationError: for a ``sequential`` grid of too many radii.
+    """
+    settings = config.certification
+    return Procedure(
+        method=settings.method,
+        sigma=config.certified_sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        radius_step=settings.radius_step,
+        seed=config.seed,
+        precision=settings.precision,
+    )
+
+
 def certification_terms(
     config: RunConfig, test_set: ArrayDataset, device: torch.device
 ) -> dict[str, Scalar]:
@@ -20,33 +39,14 @@ def certification_terms(
     return terms_on(config, test_set.info.fingerprint, num_images, device.type)
 
 
-def procedure_of(config: RunConfig) -> Procedure:
-    """Return how a run's models are certified."""
-    settings = config.certification
-    return Procedure(
-        sigma=config.certified_sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        radius_step=settings.radius_step,
-        seed=config.seed,
-    )
-
-
 def terms_on(
     config: RunConfig, fingerprint: str, num_images: int, device: str
 ) -> dict[str, Scalar]:
     """Return the terms for so many images of the data set with this fingerprint, on this kind of device."""
-    settings = config.certification
     return {
         "dataset": fingerprint,
-        "sigma": config.certified_sigma,
-        "n0": settings.n0,
-        "n": settings.n,
-        "alpha": settings.alpha,
+        **procedure_of(config).terms,
         "num_images": num_images,
-        "seed": config.seed,
-        "precision": "float32",
         # CPU and CUDA draw different noise from one seed: both are valid, a mixture is not one file.
         "device": device,
     }

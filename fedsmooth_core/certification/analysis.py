@@ -68,12 +68,16 @@ def abstention_rate(rows: Rows) -> float:
 
 
 def summary(rows: Rows, radii: Sequence[float]) -> dict[str, Any]:
-    """Return all figures at some radii, ready for JSON: null stands where there are no rows."""
+    """Return all figures at some radii, ready for JSON: null stands where there are no rows.
+
+    Where rows say how many draws they took, ``mean_n`` is their mean.
+    """
     grid = np.asarray(radii, dtype=np.float64)
     accuracy = certified_accuracy(rows, grid)
     low, high = confidence_interval(rows, grid)
     return {
         "num_images": len(rows),
+        **({} if rows.n is None else {"mean_n": float(rows.n.mean())}),
         "average_certified_radius": _or_none(average_certified_radius(rows)),
         "abstention_rate": _or_none(abstention_rate(rows)),
         "certified_accuracy": [

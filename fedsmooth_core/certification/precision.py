@@ -17,7 +17,8 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     and noise are float32 in either case, so the draws are the same.
 
     Args:
-        model: with float32 weights; it is left as it is.
+        model: with float32 weights; it is left as it is. Or what this function returned, also as a
+            part of another model: that stays itself.
         precision: ``float32`` is the model itself. TF32 is switched off for this process, or CUDA
             would round convolutions to it. ``bfloat16`` is a copy whose weights, noisy images and
             arithmetic are bfloat16.
@@ -29,7 +30,8 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
         torch.backends.cudnn.allow_tf32 = False
         return model
     if precision == "bfloat16":
-        return _InBfloat16(model)
+        is_so = any(isinstance(module, _InBfloat16) for module in model.modules())
+        return model if is_so else _InBfloat16(model)
     raise CertificationError(
         f"precision={precision!r} is unknown: allowed is one of {', '.join(PRECISIONS)}."
     )
