@@ -93,11 +93,12 @@ def certify_sequential(
             newcomers = range(num_started, min(num_started + drawing.room, len(images)))
             x = unit_images(images[newcomers.start : newcomers.stop], max_value, device)
             for position in newcomers:
-                streams = (
+                selection, estimation = (
                     torch_generator(seed, purpose, int(indices[position]), device=device)
                     for purpose in (Purpose.SELECTION, Purpose.ESTIMATION)
                 )
-                drawing.start(_Flight(position, x[position - newcomers.start], *streams))
+                image = x[position - newcomers.start]
+                drawing.start(_Flight(position, image, selection, estimation))
             num_started = newcomers.stop
             blocks = drawing.next_blocks()
             counts = count_blocks(
