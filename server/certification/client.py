@@ -176,7 +176,7 @@ class CertificationClient:
             yield Progress(
                 job,
                 rows_of(message.new_rows, job.terms.procedure),
-                summary_of(message.summary),
+                summary_of(message.summary, job.terms.procedure),
                 message.seconds_left if message.HasField("seconds_left") else None,
             )
 

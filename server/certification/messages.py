@@ -161,7 +161,7 @@ def row_messages(rows: Iterable[CertifiedRow], procedure: Procedure) -> list[pb.
             predict=row.predict,
             radius=row.radius,
             correct=bool(row.correct),
-            n=_draws(row, procedure),
+            n=row.n or procedure.n,
             seconds=row.time,
         )
         for row in rows
@@ -178,22 +178,19 @@ def rows_of(messages: Iterable[pb.Row], procedure: Procedure) -> list[CertifiedR
             radius=row.radius,
             correct=int(row.correct),
             time=row.seconds,
+            n=None if procedure.method == "fixed" else row.n,
         )
         for row in messages
     ]
 
 
-def _draws(row: CertifiedRow, procedure: Procedure) -> int:
-    return procedure.n
-
-
-def summary_message(figures: Mapping[str, Any]) -> pb.Summary:
-    """Write what :func:`fedsmooth_core.certification.analysis.summary` returns."""
+def summary_message(figures: Mapping[str, Any], procedure: Procedure) -> pb.Summary:
+    """Write what :func:`fedsmooth_core.certification.analysis.summary` returns for a job's rows."""
     return pb.Summary(
         num_images=figures["num_images"],
         average_certified_radius=_number(figures["average_certified_radius"]),
         abstention_rate=_number(figures["abstention_rate"]),
-        mean_n=_number(figures.get("mean_n")),
+        mean_n=figures.get("mean_n", procedure.n),
         certified_accuracy=[
             pb.CertifiedAccuracy(
                 radius=one["radius"],
@@ -206,13 +203,14 @@ def summary_message(figures: Mapping[str, Any]) -> pb.Summary:
     )
 
 
-def summary_of(message: pb.Summary) -> dict[str, Any]:
+def summary_of(message: pb.Summary, procedure: Procedure) -> dict[str, Any]:
     """Read a summary, as :func:`fedsmooth_core.certification.analysis.summary` returns it."""
+    is_fixed = procedure.method == "fixed" or not message.num_images
     return {
         "num_images": message.num_images,
         "average_certified_radius": _or_none(message.average_certified_radius),
         "abstention_rate": _or_none(message.abstention_rate),
-        "mean_n": _or_none(message.mean_n),
+        **({} if is_fixed else {"mean_n": message.mean_n}),
         "certified_accuracy": [
             {
                 "radius": one.radius,

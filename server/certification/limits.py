@@ -1,0 +1,36 @@
+"""What one caller may ask of the service, and all of them together."""
+
+from dataclasses import dataclass
+
+from fedsmooth_core.config import Section, at_least, setting
+
+
+@dataclass(frozen=True)
+class Limits(Section):
+    """Bounds of a service; each is refused with ``RESOURCE_EXHAUSTED`` and one sentence.
+
+    Raises:
+        ConfigError: for a bound below 1.
+    """
+
+    SECTION = "limit"
+    max_model_bytes: int = setting(512 << 20, at_least(1))
+    """Length of a safetensors file."""
+    max_uploads: int = setting(4, at_least(1))
+    """Models that are received at a time, each in memory; others wait for a place."""
+    max_queued: int = setting(1000, at_least(1))
+    """Jobs that have not ended."""
+    max_images: int = setting(100_000, at_least(1))
+    """Images of a job."""
+    max_n: int = setting(1_000_000, at_least(1))
+    """Draws for an image, n0 and n each."""
+    max_images_per_call: int = setting(64, at_least(1))
+    """Images in a call of Predict or Certify."""
+    max_draws_per_call: int = setting(10_000_000, at_least(1))
+    """Draws in a call of Predict or Certify, over all of its images."""
+    max_online: int = setting(16, at_least(1))
+    """Calls of Predict and Certify that wait for the device or compute."""
+    max_calls: int = setting(512, at_least(1))
+    """Calls of all kinds at a time, watchers among them."""
+    stall_seconds: float = setting(30.0, at_least(0.1))
+    """An upload that brings nothing for so long is ended."""

@@ -1,0 +1,214 @@
+"""The calls of certification.proto: what is asked is checked here, and answered by store and engine."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+
+import safetensors.torch
+
+from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
+from fedsmooth_core.certification.subset import subset_indices
+from fedsmooth_core.data import ArrayDataset
+from fedsmooth_core.errors import CertificationError, ServiceError
+from fedsmooth_core.models import ModelSpec
+from server.certification import certification_pb2 as pb
+from server.certification.certification_pb2_grpc import CertificationServicer
+from server.certification.datasets import Datasets
+from server.certification.engine import Engine
+from server.certification.feeds import MAX_RADII, Feeds, figures_of, unknown_job
+from server.certification.guard import Context
+from server.certification.jobs import Job, JobTerms, Submission
+from server.certification.limits import Limits
+from server.certification.messages import (
+    job_message,
+    row_messages,
+    spec_of,
+    states_of,
+    summary_message,
+    terms_of,
+)
+from server.certification.models import read_model
+from server.certification.online import Online
+from server.certification.store import JobStore
+from server.certification.uploads import Uploads
+
+_log = logging.getLogger(__name__)
+
+_ROWS_A_MESSAGE = 5000
+_MOST_JOBS = 1000
+_JOBS = 100
+
+
+class Service(CertificationServicer):  # type: ignore[misc]
+    """The servicer; made in the event loop that serves it. What blocks is done in threads."""
+
+    def __init__(self, store: JobStore, engine: Engine, datasets: Datasets, limits: Limits) -> None:
+        self._store = store
+        self._engine = engine
+        self._datasets = datasets
+        self._limits = limits
+        self._uploads = Uploads(limits)
+        self._feeds = Feeds(store)
+        self._online = Online(store, engine, limits)
+
+    async def Submit(  # noqa: N802
+        self, requests: AsyncIterator[pb.SubmitRequest], context: Context
+    ) -> pb.Job:
+        header = await self._uploads.header(requests)
+        terms = terms_of(header.terms)
+        submission = Submission(header.submission.run, header.submission.round)
+        self._check_limits(terms)
+        # Before the upload: what can be refused for its header is not received at all.
+        test_set = await asyncio.to_thread(self._datasets.test_set, terms.dataset, terms.image_size)
+        spec = self._fitting(header, terms, test_set)
+        data = await self._uploads.content(requests, header.num_bytes)
+        job = await asyncio.to_thread(self._accept, data, spec, terms, test_set, submission)
+        return job_message(job)
+
+    async def Get(self, request: pb.JobRequest, context: Context) -> pb.Job:  # noqa: N802
+        return job_message(await self._job(request.key))
+
+    async def List(  # noqa: N802
+        self, request: pb.ListRequest, context: Context
+    ) -> pb.ListResponse:
+        limit = min(request.limit or _JOBS, _MOST_JOBS)
+        jobs = await asyncio.to_thread(
+            self._store.jobs, request.run, states_of(request.states), limit
+        )
+        return pb.ListResponse(jobs=map(job_message, jobs))
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: Context
+    ) -> AsyncIterator[pb.Progress]:
+        seen = request.rows_seen
+        async for now in self._feeds.follow(request.key):
+            message = pb.Progress(
+                job=job_message(now.job),
+                summary=summary_message(now.figures, now.job.terms.procedure),
+                seconds_left=now.seconds_left,
+            )
+            new = now.rows[seen : now.num_rows]
+            seen += len(new)
+            parts = [new[i : i + _ROWS_A_MESSAGE] for i in range(0, len(new), _ROWS_A_MESSAGE)]
+            for part in parts or [[]]:
+                del message.new_rows[:]
+                message.new_rows.extend(row_messages(part, now.job.terms.procedure))
+                yield message
+
+    async def Cancel(self, request: pb.JobRequest, context: Context) -> pb.Job:  # noqa: N802
+        await self._job(request.key)
+        job = await asyncio.to_thread(self._store.cancel, request.key)
+        _log.info("%s: %s after %d images", job.key[:12], job.state, job.images_done)
+        return job_message(job)
+
+    async def Fetch(  # noqa: N802
+        self, request: pb.JobRequest, context: Context
+    ) -> AsyncIterator[pb.FetchResponse]:
+        job = await self._job(request.key)
+        rows = await asyncio.to_thread(self._store.rows, request.key)
+        figures = await asyncio.to_thread(figures_of, job, rows)
+        ordered = iter(row_messages(sorted(rows, key=lambda row: row.idx), job.terms.procedure))
+        while part := list(itertools.islice(ordered, _ROWS_A_MESSAGE)):
+            yield pb.FetchResponse(rows=part)
+        yield pb.FetchResponse(
+            job=job_message(job), summary=summary_message(figures, job.terms.procedure)
+        )
+
+    async def Predict(  # noqa: N802
+        self, request: pb.PredictRequest, context: Context
+    ) -> pb.PredictResponse:
+        return await self._online.predict(request)
+
+    async def Certify(  # noqa: N802
+        self, request: pb.CertifyRequest, context: Context
+    ) -> pb.CertifyResponse:
+        return await self._online.certify(request)
+
+    async def _job(self, key: str) -> Job:
+        job = await asyncio.to_thread(self._store.get, key)
+        if job is None:
+            raise unknown_job(key)
+        return job
+
+    def _check_limits(self, terms: JobTerms) -> None:
+        procedure, limits = terms.procedure, self._limits
+        for name, value in (("n0", procedure.n0), ("n", procedure.n)):
+            if value > limits.max_n:
+                raise ServiceError(
+                    f"{name}={value} draws are more than the {limits.max_n} that this service makes for an "
+                    "image: ask for fewer.",
+                    "RESOURCE_EXHAUSTED",
+                )
+        largest = certified_radius(
+            p_a_lower(procedure.n, procedure.n, procedure.alpha), procedure.sigma
+        )
+        if not largest / procedure.radius_step < MAX_RADII - 2:
+            raise ServiceError(
+                f"radius_step={procedure.radius_step:g} is too small for radii up to {largest:.3g}: "
+                f"allowed is a step that makes fewer than {MAX_RADII - 2} radii.",
+                "INVALID_ARGUMENT",
+            )
+
+    def _fitting(
+        self, header: pb.SubmitRequest.Header, terms: JobTerms, test_set: ArrayDataset
+    ) -> ModelSpec:
+        """Return what to build: of sizes that are those of images that are here, so not absurd."""
+        spec, info = spec_of(header.architecture), test_set.info
+        sizes = (spec.channels, spec.height, spec.width)
+        if sizes != info.shape or spec.num_classes != info.num_classes:
+            raise ServiceError(
+                f"the model classifies images of (channels, height, width) {sizes} into {spec.num_classes} "
+                f"classes, but {terms.dataset} has {info.shape} and {info.num_classes}: certify it on what "
+                "it was trained for.",
+                "INVALID_ARGUMENT",
+            )
+        if header.dataset_fingerprint not in ("", info.fingerprint):
+            raise ServiceError(
+                f"this service has other images under the name {terms.dataset!r} (fingerprint "
+                f"{info.fingerprint[:12]}) than the submitter ({header.dataset_fingerprint[:12]}): give it "
+                "the same data set, or certify elsewhere.",
+                "FAILED_PRECONDITION",
+            )
+        try:
+            num_images = len(subset_indices(len(test_set), terms.num_images))
+        except CertificationError as error:
+            raise ServiceError(str(error), "INVALID_ARGUMENT") from error
+        if num_images > self._limits.max_images:
+            raise ServiceError(
+                f"{num_images} images are more than the {self._limits.max_images} that this service "
+                "certifies in a job: ask for fewer.",
+                "RESOURCE_EXHAUSTED",
+            )
+        return spec
+
+    def _accept(
+        self,
+        data: bytes,
+        spec: ModelSpec,
+        terms: JobTerms,
+        test_set: ArrayDataset,
+        submission: Submission,
+    ) -> Job:
+        weights, model = read_model(data, spec)
+        job = self._store.submit(
+            Job(
+                spec=spec,
+                terms=terms,
+                weights=weights,
+                fingerprint=test_set.info.fingerprint,
+                class_names=test_set.info.class_names,
+                device=self._engine.device.type,
+                num_images=len(subset_indices(len(test_set), terms.num_images)),
+            ),
+            # Written anew: nothing but its tensors is kept of a stranger's file.
+            safetensors.torch.save(dict(model.state_dict())),
+            submission,
+            self._limits.max_queued,
+        )
+        of = f" of round {submission.round} of {submission.run}" if submission.run else ""
+        _log.info(
+            "%s: accepted a %s%s for %d images of %s at sigma %g; it is %s",
+            job.key[:12], spec.name, of, job.num_images, terms.dataset, terms.procedure.sigma, job.state,
+        )  # fmt: skip
+        return job
