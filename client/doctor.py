@@ -28,7 +28,7 @@ from client.connection import (
     check_reachable,
     tls_context,
 )
-from client.local_data import local_data
+from client.local_data import images_to_certify, local_data
 from client.node import NodeFacts
 from fedsmooth_core import wire
 from fedsmooth_core.config import TrainingPlan
@@ -171,6 +171,8 @@ class Examination:
         try:
             with self._watch("Reading the images ..."):
                 data = local_data(facts, plan, spec, names, 0, device)
+                if facts.data_path is not None:  # its test/, if any, may be asked for as well
+                    images_to_certify(facts, plan, spec, names, 0, 1, device)
         except DataError as error:
             problems = []
             if facts.data_path is not None:

@@ -1,6 +1,7 @@
 """Everything that is wrong with a device's folder of images, not the first thing alone."""
 
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,30 +18,40 @@ def folder_problems(
     class_names: Sequence[str],
     shape: tuple[int, int, int],
 ) -> list[str]:
-    """Return one sentence for each problem of ``folder/train``; reads every image.
+    """Return one sentence for each problem of ``folder/train`` and, where there is one, of
+    ``folder/test``; reads every image.
 
     Args:
-        folder: what holds train/.
+        folder: what holds train/, and perhaps test/.
         image_size: side in pixels that images are resized to; None keeps their own size.
         class_names: the federation's.
         shape: (C, H, W) of the images that the federation's model takes.
     """
-    train = Path(folder).expanduser().absolute() / "train"
+    root = Path(folder).expanduser().absolute()
+    train, test = root / "train", root / "test"
     if not train.is_dir():
         return [f"{train} is missing: put the images in one folder a class, {train / '<class>'}."]
+    splits = [train, test] if test.is_dir() else [train]
+    problems = [_split_problems(split, image_size, class_names, shape) for split in splits]
+    return list(dict.fromkeys(itertools.chain.from_iterable(problems)))
+
+
+def _split_problems(
+    split: Path, image_size: int | None, class_names: Sequence[str], shape: tuple[int, int, int]
+) -> list[str]:
     try:
-        names = class_folders(train)
+        names = class_folders(split)
     except DataError as error:
         return [str(error)]
     problems = [
-        _unknown_class(train / name, class_names) for name in names if name not in class_names
+        _unknown_class(split / name, class_names) for name in names if name not in class_names
     ]
     unreadable: list[str] = []
     sizes: Counter[tuple[int, int]] = Counter()
     examples: dict[tuple[int, int], Path] = {}
     for name in names:
         try:
-            files = [train / name / file for file, _, _ in scan_class(train / name)]
+            files = [split / name / file for file, _, _ in scan_class(split / name)]
         except DataError as error:
             problems.append(str(error))
             continue
@@ -55,7 +66,7 @@ def folder_problems(
     problems += unreadable[:_NAMED]
     if len(unreadable) > _NAMED:
         problems.append(
-            f"Other images in {train} cannot be read either ({len(unreadable) - _NAMED} in number): "
+            f"Other images in {split} cannot be read either ({len(unreadable) - _NAMED} in number): "
             "replace or remove them."
         )
     return problems + _wrong_shape(image_size, shape, sizes, examples)

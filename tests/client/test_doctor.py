@@ -172,6 +172,15 @@ def test_every_problem_of_the_images_is_found_at_once(federation, tmp_path):
     assert {finding.check: finding.sound for finding in findings}["local step"]
 
 
+def test_images_that_are_tested_on_are_looked_at_too(federation, tmp_path):
+    folder = write_images(tmp_path / "own")
+    assert "images" not in problems(federation, own(folder))
+    (folder / "test" / "eel").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "test" / "eel" / "0.png")
+    message = problems(federation, own(folder))["images"]
+    assert f"{folder / 'test' / 'eel'} is no class of the federation (cat, dog)" in message
+
+
 def test_many_broken_images_are_counted(federation, tmp_path):
     folder = write_images(tmp_path / "own")
     for number in range(9):

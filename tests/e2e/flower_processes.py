@@ -301,3 +301,12 @@ def assert_same_training(run_dir, other, num_rounds):
         assert there["metrics"]["train-loss"] == pytest.approx(loss, rel=1e-4)
         assert there["update_norm"] == pytest.approx(here["update_norm"], rel=1e-4)
     assert_same_weights(run_dir, other, num_rounds)
+
+
+def assert_same_certified_on_devices(run_dir, other, num_examples):
+    """Clients of both runs counted the same of their own images, all of them held out."""
+    key = "federated_certified_accuracy"
+    theirs, mine = ([line.get(key) for line in rounds(run)] for run in (run_dir, other))
+    assert theirs == mine
+    assert theirs[-1]["num_examples"] == theirs[-1]["num_held_out"] == num_examples
+    assert theirs[-1]["accuracy"] is not None

@@ -1,16 +1,11 @@
-"""A deployment of real processes: a SuperLink, two simulated clients and one device with its own images."""
+"""Devices with images of their own, as real processes: they train and certify on them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from flower_processes import (
-    assert_same_training,
-    flwr_run,
-    needs_proc,
-    rounds,
-    simulate_in_process,
-)
+from flower_processes import flwr_run, needs_proc, rounds
 from PIL import Image
 
 ROUNDS = 2
@@ -27,25 +22,12 @@ OVERRIDES = [
     "training.learning_rate=0.1",
     "certification.n=200",
     "certification.num_images=5",
+    "device_certification.every=2",
+    "device_certification.num_images=6",
+    "device_certification.n=200",
 ]
 
 pytestmark = [pytest.mark.slow, needs_proc, pytest.mark.timeout(500)]
-
-
-def finish(deployment, overrides, run_dir, log):
-    flwr_run(deployment.environment, [*overrides, f"run_dir={run_dir}"], log)
-    rows = list(run_dir.glob("certification/round-*/rows.tsv"))
-    logs = [path.read_text()[-1500:] for path in deployment.folder.glob("*.log")]
-    assert len(rows) == 1, "\n".join([log.read_text()[-3000:], *logs])
-
-
-def test_processes_and_the_simulation_train_the_same_model(deployment, tmp_path):
-    for partition in range(3):
-        deployment.join(f"node{partition}", f"partition-id={partition} num-partitions=3")
-    finish(deployment, OVERRIDES, tmp_path / "deployed", tmp_path / "flwr.log")
-
-    simulate_in_process(OVERRIDES, tmp_path / "simulated")
-    assert_same_training(tmp_path / "deployed", tmp_path / "simulated", ROUNDS)
 
 
 def write_images(root, classes, size=8):
@@ -63,12 +45,17 @@ def write_images(root, classes, size=8):
 def test_devices_train_on_their_own_images_and_a_stranger_is_refused(deployment, tmp_path):
     for device in range(2):
         write_images(tmp_path / f"device{device}", ("dark", "bright"))
+        if device:  # the server takes the other one's folder for its own
+            shutil.rmtree(tmp_path / f"device{device}" / "test")
         deployment.join(f"device{device}", f'data-path="{tmp_path / f"device{device}"}"')
     write_images(tmp_path / "stranger", ("cat", "dog"))
     deployment.join("stranger", f'data-path="{tmp_path / "stranger"}"')
     own = ["dataset=imagefolder", f"dataset.root={tmp_path / 'device0'}"]
-    run_dir = tmp_path / "run"
-    finish(deployment, [*OVERRIDES, *own], run_dir, tmp_path / "flwr.log")
+    run_dir, log = tmp_path / "run", tmp_path / "flwr.log"
+    flwr_run(deployment.environment, [*OVERRIDES, *own, f"run_dir={run_dir}"], log)
+    logs = [path.read_text()[-1500:] for path in deployment.folder.glob("*.log")]
+    rows = list(run_dir.glob("certification/round-*/rows.tsv"))
+    assert len(rows) == 1, "\n".join([log.read_text()[-3000:], *logs])
 
     assert len(rounds(run_dir)) == ROUNDS
     for record in rounds(run_dir):
@@ -79,3 +66,15 @@ def test_devices_train_on_their_own_images_and_a_stranger_is_refused(deployment,
     assert rounds(run_dir)[-1]["clean-accuracy"] > 0.9
     summary = json.loads((run_dir / f"certification/round-{ROUNDS:04d}/summary.json").read_text())
     assert summary["num_images"] == 5
+
+    # They certify six images each: of test/ where there is one, else of those that they train on.
+    first, last = rounds(run_dir)
+    assert "federated_certified_accuracy" not in first
+    certified = last["federated_certified_accuracy"]
+    assert certified["cohort"] == [0, 1, 2]
+    assert (certified["num_clients"], certified["num_examples"]) == (2, 12)
+    assert certified["num_held_out"] == 6
+    (refused,) = certified["refused"]
+    assert "has the classes cat, dog" in refused["reason"]
+    assert certified["accuracy"][0] >= 0.75
+    assert certified["confidence_interval_95"][0][0] > 0.4

@@ -44,7 +44,7 @@ def partition(number, total=DEVICES):
 # --------------------------------------------------------------------------------------------------
 # Devices
 
-NUM_ROUNDS = 4
+NUM_ROUNDS = 3
 ALL_ARE_ASKED = [
     *OVERRIDES,
     "federation.cohort_fraction=1.0",
@@ -93,7 +93,7 @@ def test_a_device_that_comes_late_takes_part_from_then_on(deployment, tmp_path):
         deployment.join_warm(f"device{number}", partition(number))
     for number in range(2):
         wait_for(lambda n=number: deployment.says(f"device{n}", "SuperNode ID"), 100)
-    overrides = [*ALL_ARE_ASKED, "federation.connect_timeout_seconds=30"]
+    overrides = [*ALL_ARE_ASKED, "federation.connect_timeout_seconds=20"]
     overrides += ["federation.num_rounds=8"]
     run_dir, log = tmp_path / "deployed", tmp_path / "flwr.log"
     run = flwr_start(deployment.environment, [*overrides, f"run_dir={run_dir}"], log)

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 from flower_processes import (
+    assert_same_certified_on_devices,
     assert_same_training,
     flower_environment,
     flwr_run,
@@ -28,6 +29,8 @@ OVERRIDES = [
     "evaluation.every=1",
     "certification.n=200",
     "certification.num_images=5",
+    "device_certification.every=2",
+    "device_certification.n=200",
 ]
 
 pytestmark = [
@@ -63,5 +66,6 @@ def test_flowers_simulation_runtime_and_ours_do_the_same(flower, tmp_path):
 
     simulate_in_process(OVERRIDES, ours)
     assert_same_training(flowers, ours, ROUNDS)
+    assert_same_certified_on_devices(flowers, ours, num_examples=2 * 10)
     assert read_rows(rows[0]).idx.tolist() == [0, 71, 142, 213, 284]
     assert (flowers / "curve.png").is_file()

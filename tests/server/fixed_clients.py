@@ -6,7 +6,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import client.app
-from fedsmooth_core.config import AggregationConfig, FederationConfig, PartitionConfig, RunConfig
+from fedsmooth_core.config import (
+    AggregationConfig,
+    DeviceCertificationConfig,
+    FederationConfig,
+    PartitionConfig,
+    RunConfig,
+)
 from fedsmooth_core.models import ModelSpec
 from server.conduct import Conduct
 from server.roster import Roster
@@ -47,13 +53,34 @@ def good_reply(number, server_round=1):
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
-def federation(num_clients, misbehave=None, aggregation=None, judge=lambda state: None, **settings):
+def good_counts(number):
+    """What client ``number`` counts of its images: up to ten, at the radii 0, 0.25 and 0.5."""
+    counts = {
+        "num-examples": 10 - number % 3,
+        "held-out": 10 - number % 3 if number % 2 else 0,
+        "abstained": 1,
+        "correct": [6 - number % 3, 4, number % 5],
+    }
+    return RecordDict({"metrics": MetricRecord(counts)})
+
+
+def federation(
+    num_clients,
+    misbehave=None,
+    aggregation=None,
+    judge=lambda state: None,
+    miscount=None,
+    certify_every=0,
+    **settings,
+):
     """A strategy and a grid whose clients answer with fixed models, but for those that misbehave.
 
     Args:
         misbehave: {client: function from its good reply to what it sends instead}.
         aggregation: settings of the aggregation, if not the defaults.
         judge: says what is wrong with a state.
+        miscount: as ``misbehave``, for what clients count of their own images.
+        certify_every: rounds between two of those.
         settings: of the federation.
     """
     app = ClientApp()
@@ -69,7 +96,15 @@ def federation(num_clients, misbehave=None, aggregation=None, judge=lambda state
         content = (misbehave or {}).get(number, lambda same: same)(content)
         return Message(content, reply_to=message)
 
+    @app.evaluate()
+    def certify(message, context):
+        number = context.node_config["partition-id"]
+        seen.append((message, number))
+        content = (miscount or {}).get(number, lambda same: same)(good_counts(number))
+        return Message(content, reply_to=message)
+
     config = RunConfig(
+        device_certification=DeviceCertificationConfig(every=certify_every),
         partition=PartitionConfig(num_clients=num_clients),
         federation=FederationConfig(**{"cohort_fraction": 1.0} | settings),
         aggregation=AggregationConfig(**(aggregation or {})),

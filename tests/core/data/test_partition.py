@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedsmooth_core.config import PartitionConfig
-from fedsmooth_core.data import client_indices
+from fedsmooth_core.data import client_indices, held_out_indices
 from fedsmooth_core.errors import ConfigError, DataError
 
 SCHEMES = ("major_class", "iid", "dirichlet")
@@ -215,3 +215,36 @@ def test_too_small_a_major_class():
 def test_too_few_others():
     labels = np.repeat([0, 1], [50, 50])
     fails(DataError, "50", "90", "gamma", labels=labels, gamma=0.1, samples_per_client=100)
+
+
+# --- test samples of one client
+
+
+@given(
+    own=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    test=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    wanted=st.integers(1, 80),
+    client=st.integers(0, 5),
+)
+def test_held_out_samples_are_distinct_and_of_the_clients_own_classes(own, test, wanted, client):
+    own, test = np.array(own), np.array(test)
+    usable = np.isin(test, own)
+    if not usable.any():
+        with pytest.raises(DataError, match="no image of the classes that this client trains on"):
+            held_out_indices(own, test, wanted, 0, client)
+        return
+    indices = held_out_indices(own, test, wanted, 0, client)
+    assert len(indices) == min(wanted, usable.sum())
+    assert np.all(np.diff(indices) > 0)
+    assert usable[indices].all()
+    assert np.array_equal(indices, held_out_indices(own, test, wanted, 0, client))
+
+
+def test_held_out_samples_follow_the_clients_own_classes_and_clients_differ():
+    own = np.repeat([0, 1, 2], [60, 30, 10])
+    drawn = [held_out_indices(own, LABELS, 100, 3, client) for client in range(30)]
+    assert len({tuple(indices) for indices in drawn}) == 30
+    shares = np.bincount(LABELS[np.concatenate(drawn)], minlength=10) / 3000
+    # Of 3,000 draws a share of 0.6 has a standard deviation of 0.009.
+    np.testing.assert_allclose(shares[:3], [0.6, 0.3, 0.1], atol=0.04)
+    assert not shares[3:].any()
