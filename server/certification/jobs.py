@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fedsmooth_core.certification.procedure import Procedure
-from fedsmooth_core.config import FILE_NAME, Section, at_least, setting, to_nested
+from fedsmooth_core.config import (
+    FILE_NAME,
+    Allowed,
+    Section,
+    at_least,
+    setting,
+    to_nested,
+    within,
+)
 from fedsmooth_core.models import ModelSpec
 
 
@@ -40,12 +48,21 @@ class JobState(StrEnum):
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
+RUN_NAME = Allowed(
+    "at most 200 characters that can be printed",
+    lambda value: len(value) <= 200 and value.isprintable(),
+)
+
+
 @dataclass(frozen=True)
-class Submission:
+class Submission(Section):
     """Which model of a federation was submitted; an empty run is none."""
 
-    run: str = ""
-    round: int = 0
+    SECTION = "submission"
+    run: str = setting("", RUN_NAME)
+    """Name of the run."""
+    round: int = setting(0, within(0, 2**32 - 1))
+    """Rounds of training behind the model."""
 
 
 @dataclass(frozen=True)
