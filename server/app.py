@@ -19,4 +19,4 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the run-config's ``overrides`` describe."""
     config = compose(shlex.split(str(context.run_config.get("overrides", ""))))
     console = Console()
-    run_federation(config, grid, console, standard_observers(TrainingProgress(console)))
+    run_federation(config, grid, console, standard_observers(TrainingProgress(console), console))

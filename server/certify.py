@@ -24,12 +24,10 @@ from fedsmooth_core.data import ArrayDataset, load_dataset
 from fedsmooth_core.device import choose_device
 from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError, CheckpointError
+from server.owed import ROWS, SUMMARY
 from server.progress import counting
 from server.report import load_curve, table_radii
 from server.terms import certification_terms, procedure_of
-
-ROWS = "rows.tsv"
-SUMMARY = "summary.json"
 
 
 def find_checkpoint(path: Path) -> Path:

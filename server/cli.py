@@ -10,12 +10,16 @@ from typing import NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from fedsmooth_core.config import RunConfig
+from fedsmooth_core.config import RunConfig, to_nested
 from fedsmooth_core.errors import FedSmoothError
+from server import certification_commands
 
 _OVERRIDES = "settings as Hydra overrides, e.g. experiment=quick smoothing.sigma=0.5"
 # The packages, by their import names, that the `server` extra of pyproject.toml brings.
-_OF_SERVER_EXTRA = ("hydra", "omegaconf", "yaml", "matplotlib", "tensorboard", "prometheus_client")
+_OF_SERVER_EXTRA = (
+    *("hydra", "omegaconf", "yaml", "matplotlib", "tensorboard", "prometheus_client"),
+    *("grpc_health", "grpc_reflection", "jinja2", "starlette", "uvicorn"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,12 +101,20 @@ def parser() -> argparse.ArgumentParser:
     certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
     certify.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
     certify.add_argument("-o", "--output", type=Path, help="folder for the rows and the summary")
-    certify.add_argument(
-        "--wait",
-        action="store_true",
-        help="of a run directory: wait for its last round, then certify that into it",
-    )
+    certification_commands.connection_options(certify, required=False)
     overrides(certify)
+    certifier = command("certifier", _certifier, "Serve certification to others, until stopped.")
+    certification_commands.certifier_options(certifier)
+    token = command("token", _token, "Make a token that a certification service lets in.")
+    token.add_argument("name", help="whose it is")
+    token.add_argument(
+        "--tokens", type=Path, required=True, metavar="FILE", help="the service's file of tokens"
+    )
+    token.add_argument("--days", type=float, default=90, help="until it expires (90)")
+    jobs = command("jobs", _jobs, "Jobs of a certification service: list, watch, fetch, cancel.")
+    certification_commands.jobs_options(jobs)
+    predict = command("predict", _predict, "Label images with the smoothed classifier.")
+    certification_commands.predict_options(predict)
     show = command("report", _report, "Table and curve of certified accuracy of runs or row files.")
     show.add_argument("paths", nargs="+", metavar="RUN_OR_TSV")
     show.set_defaults(more="paths")
@@ -143,11 +155,6 @@ def parser() -> argparse.ArgumentParser:
         default=5,
         metavar="N",
         help="give up after N restarts in a row without a new round (5)",
-    )
-    deploy.add_argument(
-        "--await-certificate",
-        action="store_true",
-        help="end when 'certify RUN --wait', running elsewhere, has certified the final model",
     )
     overrides(deploy)
     certificates = command("certificates", _certificates, "Make a CA and a server certificate.")
@@ -204,7 +211,7 @@ def _simulate(options: argparse.Namespace, console: Console) -> None:
         grid = InProcessGrid(
             config.partition.num_clients, config.runtime.device, progress.client_done
         )
-        return run_federation(config, grid, console, standard_observers(progress)).path
+        return run_federation(config, grid, console, standard_observers(progress, console)).path
 
     _run_all(options, console, run)
 
@@ -215,7 +222,7 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
     from server.progress import TrainingProgress
 
     def run(config: RunConfig) -> Path:
-        observers = standard_observers(TrainingProgress(console))
+        observers = standard_observers(TrainingProgress(console), console)
         return run_centralized(config, console, observers).path
 
     _run_all(options, console, run, defaults=["training=centralized"])
@@ -239,17 +246,13 @@ def _run_all(
 def _deploy(options: argparse.Namespace, console: Console) -> None:
     from server.supervisor import deploy
 
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
     run = deploy(
         options.overrides,
         options.superlink,
         options.max_restarts,
-        options.await_certificate,
-        say,
+        console,
     )
-    say(f"Finished: {run}")
+    console.print(f"Finished: {run}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _certificates(options: argparse.Namespace, console: Console) -> None:
@@ -263,19 +266,28 @@ def _certificates(options: argparse.Namespace, console: Console) -> None:
 def _certify(options: argparse.Namespace, console: Console) -> None:
     from fedsmooth_core.checkpoint import load_checkpoint
     from server.certify import certify_checkpoint, find_checkpoint
-    from server.configuration import with_overrides
+    from server.configuration import load, with_overrides
     from server.report import show
 
-    if options.wait:
-        from server.certifier import certify_when_trained
+    if options.output is None and (options.checkpoint / "config.yaml").is_file():
+        run = with_overrides(
+            to_nested(load(options.checkpoint)), options.overrides, str(options.checkpoint)
+        )
+        run = certification_commands.with_service(run, options)
+        if run.service.address is not None:
+            from server.collection import collect_run
 
-        certify_when_trained(options.checkpoint, options.overrides, console)
-        return
+            collect_run(options.checkpoint, run, console)
+            return
     path = find_checkpoint(options.checkpoint)
     recorded = load_checkpoint(path).metadata.get("config")
     config = with_overrides(recorded, options.overrides, str(path.with_suffix(".json")))
+    config = certification_commands.with_service(config, options)
     folder = options.output or _certification_folder(path)
-    rows = certify_checkpoint(path, config, folder, console)
+    certify = certify_checkpoint
+    if config.service.address is not None:
+        certify = certification_commands.certify_at_service
+    rows = certify(path, config, folder, console)
     show([rows], folder / "curve", config.certification.radius_step, console)
 
 
@@ -285,6 +297,22 @@ def _certification_folder(checkpoint: Path) -> Path:
     if folder.name == "checkpoints":
         return folder.parent / "certification" / checkpoint.stem
     return folder / f"{checkpoint.stem}-certification"
+
+
+def _certifier(options: argparse.Namespace, console: Console) -> None:
+    certification_commands.certifier(options, console)
+
+
+def _token(options: argparse.Namespace, console: Console) -> None:
+    certification_commands.token(options, console)
+
+
+def _jobs(options: argparse.Namespace, console: Console) -> None:
+    certification_commands.jobs(options, console)
+
+
+def _predict(options: argparse.Namespace, console: Console) -> None:
+    certification_commands.predict(options, console)
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:

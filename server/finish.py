@@ -4,21 +4,29 @@ from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
 from server.certify import certify_checkpoint
+from server.collection import collect
+from server.owed import CURVE
 from server.report import show
 from server.run_directory import RunDirectory
 
-CURVE = "curve"
-"""The pictures in a run's directory, without their endings."""
-
 
 def certify_run(config: RunConfig, run: RunDirectory, console: Console) -> None:
-    """Certify the final checkpoint into the run's directory and report on it.
+    """Have the run's models certified into its directory and report on them.
 
-    Does nothing when ``certification.at_end`` is false. A run killed here continues here.
+    With a certification service, wait for what it owes, ``service.patience_seconds`` at most without an
+    answer. Else certify the final checkpoint here, unless ``certification.at_end`` is false. A run killed
+    here continues here.
+
+    Raises:
+        FedSmoothError: when the final model cannot be certified.
     """
-    if config.certification.at_end:
+    if config.service.address is not None:
+        collect(config, run, console, patience=config.service.patience_seconds)
+    elif config.certification.at_end:
         certify_round(config.federation.num_rounds, config, run, console)
-        console.print(f"Run directory: {run.path}", soft_wrap=True, markup=False)
+    else:
+        return
+    console.print(f"Run directory: {run.path}", soft_wrap=True, markup=False)
 
 
 def certify_round(

@@ -35,19 +35,22 @@ def _bars(console: Console) -> Progress:
 
 
 @contextmanager
-def counting(console: Console | None, title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show how many of ``total`` are done; call the function it gives, with a note, after each."""
+def counting(console: Console | None, title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show how many of ``total`` are done; call the function it gives after each.
+
+    It takes a note, and how many more are done (one).
+    """
     console = console or Console(stderr=True)
     if console.is_terminal:
         with _bars(console) as progress:
             task = progress.add_task(title, total=total, note="")
-            yield lambda note: progress.update(task, advance=1, note=note)
+            yield lambda note, more=1: progress.update(task, advance=more, note=note)
         return
     done, last = 0, time.monotonic()
 
-    def advance(note: str) -> None:
+    def advance(note: str, more: int = 1) -> None:
         nonlocal done, last
-        done += 1
+        done += more
         if done == total or time.monotonic() - last > _LOG_SECONDS:
             last = time.monotonic()
             console.print(f"{title}: {done} of {total}, {note}", soft_wrap=True)

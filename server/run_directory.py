@@ -106,6 +106,11 @@ class RunDirectory:
         """Path of the weights after a round (0: the initial model)."""
         return self.checkpoints / f"round-{server_round:04d}.safetensors"
 
+    def has_checkpoint(self, server_round: int) -> bool:
+        """Whether the weights after a round are on the disk, complete."""
+        weights = self.checkpoint(server_round)
+        return weights.is_file() and weights.with_suffix(".json").is_file()
+
     def certification(self, server_round: int) -> Path:
         """Folder of the certificates of the model after a round."""
         return self.path / CERTIFICATION / self.checkpoint(server_round).stem

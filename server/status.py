@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from rich.text import Text
 
 from fedsmooth_core.config import RunConfig
 from server import configuration
-from server.certifier import failure_path, is_certified
 from server.conduct import Conduct
+from server.owed import Delivery, failure_path, is_certified, owed, rounds_text
 from server.report import ROWS_IN_RUN, Curve, load_curve, print_table, table_radii
 from server.run_directory import RunDirectory
 
@@ -59,7 +59,11 @@ class Status:
     certified_images: int
     """Of the last round that has any."""
     certification_failure: str | None
-    """Why a certifier gave the final model up."""
+    """Why the final model was given up."""
+    owed: list[int]
+    """Rounds that the certification service owes certificates of, newest first."""
+    delivery: Delivery
+    """How the dealings with the service stand."""
 
 
 def read_status(path: Path) -> Status:
@@ -83,7 +87,7 @@ def read_status(path: Path) -> Status:
     elif completed >= last:
         state = "finished" if is_certified(run, last) else "trained"
     failure = failure_path(run, last)
-    curve = _curve(path)
+    curves = _curves(path)
     return Status(
         state,
         completed,
@@ -91,8 +95,10 @@ def read_status(path: Path) -> Status:
         asked,
         rounds,
         _clients(config, run, rounds, completed),
-        len(curve.rows) if curve else 0,
+        len(curves[-1].rows) if curves else 0,
         failure.read_text().strip() if failure.is_file() else None,
+        owed(run, config),
+        Delivery.read(run),
     )
 
 
@@ -124,10 +130,13 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
         say(_on_devices(on_devices[-1]))
     if status.clients:
         _print_clients(status.clients, console)
-    curve = _curve(path)
-    if curve is not None:
+    curves = _curves(path)
+    if curves:
         radius_step = configuration.load(path).certification.radius_step
-        print_table([curve], table_radii([curve], radius_step), console)
+        print_table(curves, table_radii(curves, radius_step), console)
+    if status.owed:
+        for line in _owed(status):
+            say(line)
     if status.certification_failure:
         say(f"The certification failed: {status.certification_failure}")
     elif status.state != "finished":
@@ -137,19 +146,20 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
 def _on_devices(line: dict[str, Any]) -> str:
     """Say what clients certified of their own images after the last round that asked for it."""
     certified = line["federated_certified_accuracy"]
-    what = f"Certified accuracy on the clients' own images after round {line['round']}: "
-    if certified["accuracy"] is None:
-        return f"{what}none, for {certified['problem']}."
-    figures = zip(
-        certified["radii"],
-        certified["accuracy"],
-        certified["confidence_interval_95"],
-        strict=True,
+    what = f"Certified accuracy on the clients' own images after round {line['round']}"
+    if not certified.get("accuracy"):
+        return f"{what}: none, for {certified.get('problem')}."
+    columns = (certified.get(key, []) for key in ("radii", "accuracy", "confidence_interval_95"))
+    figures = [
+        f"{share:.1%} [{low:.1%}, {high:.1%}] at {radius:g}"
+        for radius, share, (low, high) in zip(*columns, strict=False)
+    ]
+    images, clients, held_out = (
+        certified.get(key) for key in ("num_examples", "num_clients", "num_held_out")
     )
-    shown = ", ".join(f"{a:.1%} [{low:.1%}, {high:.1%}] at {r:g}" for r, a, (low, high) in figures)
     return (
-        f"{what}{shown} ({certified['num_examples']} images of {certified['num_clients']} clients, "
-        f"{certified['num_held_out']} of them held out; 95 % intervals)."
+        f"{what}: {', '.join(figures)} ({images} images of {clients} clients, {held_out} of them held "
+        "out; 95 % intervals)."
     )
 
 
@@ -173,12 +183,25 @@ def _clients(
     ]
 
 
-def _curve(path: Path) -> Curve | None:
-    """Return the last certificates of a run, or None as long as there is none."""
-    files = sorted(path.glob(ROWS_IN_RUN))
-    if not files or files[-1].read_bytes().count(b"\n") < 2:  # the first line names the columns
-        return None
-    return load_curve(path)
+def _curves(path: Path) -> list[Curve]:
+    """Return the certificates of the rounds that have any: of the last ones, oldest first."""
+    files = sorted(path.glob(ROWS_IN_RUN))[-_ROUNDS_SHOWN:]
+    return [
+        replace(load_curve(file), label=f"round {int(file.parent.name.rpartition('-')[2])}")
+        for file in files
+        if file.read_bytes().count(b"\n") > 1  # the first line names the columns
+    ]
+
+
+def _owed(status: Status) -> list[str]:
+    """Say what the service owes, how far it is, and why nothing comes if nothing does."""
+    lines = [f"The certification service owes the certificates of {rounds_text(status.owed)}."]
+    for server_round, (done, total) in status.delivery.under_way.items():
+        lines.append(f"Round {server_round}: {done} of {total} images are certified there.")
+    if status.delivery.problem is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(status.delivery.since))
+        lines.append(f"Nothing comes since {since} UTC: {status.delivery.problem}")
+    return lines
 
 
 def _print_rounds(rounds: list[dict[str, Any]], console: Console) -> None:

@@ -19,13 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from fedsmooth_core.checkpoint import latest_checkpoint
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.durable import write_atomically
-from fedsmooth_core.errors import CertificationError, ConfigError, TrainingError
-from server.certifier import failure_path, is_certified
-from server.certify import ROWS
+from fedsmooth_core.errors import ConfigError, TrainingError
+from server.collection import collect, forget_failures
 from server.configuration import compose
+from server.owed import ROWS, is_certified, owed
 from server.run_directory import RunDirectory, new_run_path
 
 APP = Path(__file__).resolve().parent.parent
@@ -34,7 +36,6 @@ APP = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 1.0
 _STATUS_SECONDS = 15.0  # between two questions while the log flows: each starts a process
 _RELEASE_SECONDS = 120.0  # until a ServerApp that lost its SuperLink has noticed
-_STALL_SECONDS = 3600.0  # without one newly certified image, at a certifier elsewhere
 _SUBMISSION = "submission.json"
 _STOPPED = "finished:stopped"
 _RAISED = "ServerApp failed with exception: "  # how Flower's details begin when it was not killed
@@ -165,8 +166,7 @@ class Supervisor:
         overrides: Sequence[str],
         flower: Flower,
         max_restarts: int,
-        await_certificate: bool,
-        say: Callable[[str], None],
+        console: Console,
     ) -> None:
         config = compose(overrides)
         path = Path(config.run_dir).expanduser().resolve() if config.run_dir else None
@@ -175,11 +175,9 @@ class Supervisor:
         self._overrides = [
             item for item in overrides if not item.startswith(("run_dir=", "resume="))
         ] + chosen
-        self._flower, self._max_restarts, self._say = flower, max_restarts, say
+        self._flower, self._max_restarts, self._console = flower, max_restarts, console
         # Refuses other settings than those that the run was started with, before anything is submitted.
         self._config: RunConfig = compose(self._submission())
-        self._await_certificate = await_certificate
-        self._started = time.time()
         self._printed = 0
         self._run_id: str | None = None
 
@@ -193,9 +191,16 @@ class Supervisor:
             self._say(f"The run in {self._run.path} is finished already.")
         else:
             self._train()
-        if self._await_certificate:
-            self._wait_for_certificate()
+        if self._config.service.address is not None:
+            # Whoever gives this command again wants what was refused to be tried again.
+            forget_failures(self._config, self._run)
+            if owed(self._run, self._config):
+                self._say("Waiting for what the certification service owes.")
+                collect(self._config, self._run, self._console)
         return self._run.path
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _train(self) -> None:
         restarts, progress, last_reason = 0, self._progress(), ""
@@ -332,7 +337,9 @@ class Supervisor:
         final = self._config.federation.num_rounds
         if not self._run.checkpoint(final).with_suffix(".json").is_file():
             return False
-        return not self._config.certification.at_end or is_certified(self._run, final)
+        # What a service owes is asked for here, whether a ServerApp lives to wait for it or not.
+        is_done = self._config.service.address is not None or not self._config.certification.at_end
+        return is_done or is_certified(self._run, final)
 
     def _progress(self) -> tuple[int, int]:
         """Return what only grows as the run gets on: completed rounds, bytes of certificates."""
@@ -345,25 +352,6 @@ class Supervisor:
 
     def _so_far(self) -> str:
         return f"{self._rounds()} of {self._config.federation.num_rounds} rounds"
-
-    def _wait_for_certificate(self) -> None:
-        final = self._config.federation.num_rounds
-        self._say("Waiting for the certificate of the final model.")
-        failure = failure_path(self._run, final)
-        seen, since = self._progress(), time.monotonic()
-        while not is_certified(self._run, final):
-            # One that is older than this process was of another attempt.
-            if failure.is_file() and failure.stat().st_mtime > self._started:
-                raise CertificationError(failure.read_text().strip())
-            if self._progress() > seen:
-                seen, since = self._progress(), time.monotonic()
-            if time.monotonic() - since > _STALL_SECONDS:
-                raise CertificationError(
-                    f"No image was certified for {_STALL_SECONDS / 60:.0f} minutes: see whether fedsmooth "
-                    f"certify {self._run.path} --wait is running."
-                )
-            time.sleep(_POLL_SECONDS)
-        self._say(f"The final model is certified: {self._run.certification(final)}")
 
     def leave(self) -> None:
         """Say what becomes of the run that this process no longer looks after."""
@@ -378,8 +366,7 @@ def deploy(
     overrides: Sequence[str],
     superlink: str | None,
     max_restarts: int,
-    await_certificate: bool,
-    say: Callable[[str], None],
+    console: Console,
 ) -> Path:
     """Train and certify at a SuperLink; return the run's directory.
 
@@ -390,13 +377,12 @@ def deploy(
         overrides: settings; without a ``run_dir`` a new one below ``runs`` is chosen.
         superlink: name of a connection in Flower's config.toml; None takes its default.
         max_restarts: how often in a row a run that died is submitted again without a new round between.
-        await_certificate: wait for the certificate that ``fedsmooth certify RUN --wait`` makes elsewhere.
-        say: prints a line.
+        console: is told what happens.
 
     Raises:
         FedSmoothError: one sentence about why the run has no certified final model.
     """
-    supervisor = Supervisor(overrides, Flower(superlink), max_restarts, await_certificate, say)
+    supervisor = Supervisor(overrides, Flower(superlink), max_restarts, console)
     with _sigterm_as_interrupt():
         try:
             return supervisor.see_through()

@@ -1,5 +1,8 @@
 """TensorBoard events of a run."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch.utils.tensorboard import SummaryWriter
 
 from fedsmooth_core.config import RunConfig
@@ -36,3 +39,19 @@ class TensorBoard:
 
     def run_finished(self) -> None:
         self._writer.close()
+
+
+def write_certified(run: RunDirectory, server_round: int, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a certified model (``analysis.summary``) as scalars at its round.
+
+    In a folder of its own, for TensorBoard follows one growing file a folder.
+    """
+    scalars = {
+        "certified/average-radius": figures["average_certified_radius"],
+        "certified/abstention-rate": figures["abstention_rate"],
+    }
+    for point in figures["certified_accuracy"]:
+        scalars[f"certified/accuracy-at-{point['radius']:g}"] = point["accuracy"]
+    with SummaryWriter(str(run.tensorboard / "certified")) as writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, server_round)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -106,24 +106,24 @@ class RowFile:
             CertificationError: if an image is in the file already, or a row's n is missing or out of
                 place. The file is then as it was.
         """
+        done = set(self.done)
         for row in rows:
-            self._check(row)
+            self._check(row, done)
+            done.add(row.idx)
         if rows:
             self._write("\n".join(format_row(row) for row in rows))
         self.done.update(row.idx for row in rows)
 
-    def _check(self, row: CertifiedRow) -> None:
+    def _check(self, row: CertifiedRow, done: set[int]) -> None:
         if (row.n is not None) != self._with_n:
             raise CertificationError(
                 f"{self._path} cannot hold image {row.idx}: the column n belongs to sequential "
                 "certification, and there to every row."
             )
-        if row.idx in self.done:
+        if row.idx in done:
             raise CertificationError(
                 f"image {row.idx} is certified in {self._path} already: skip what is in `done`."
             )
-        self._write(format_row(row))
-        self.done.add(row.idx)
 
     def close(self) -> None:
         """Let go of the file."""

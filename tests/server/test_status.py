@@ -12,8 +12,8 @@ from rich.console import Console
 import client.app
 from fedsmooth_core.errors import ConfigError, FedSmoothError
 from fedsmooth_core.training import local_train
-from server.certifier import failure_path
 from server.federation import run_federation
+from server.owed import failure_path
 from server.prometheus import Prometheus
 from server.recorder import RoundRecord, TrainedRound
 from server.replies import Refusal

@@ -1,17 +1,17 @@
 """The supervisor against a `flwr` of the test's own, which plays what a SuperLink would do."""
 
+import io
 import json
-import os
 import runpy
 import sys
-import time
 
 import pytest
+from rich.console import Console
 
-from fedsmooth_core.errors import CertificationError, ConfigError, TrainingError
+from fedsmooth_core.errors import ConfigError, TrainingError
 from server import supervisor
-from server.certifier import failure_path
 from server.configuration import compose, save
+from server.owed import failure_path
 from server.run_directory import RunDirectory
 from server.supervisor import deploy
 
@@ -81,7 +81,11 @@ class Stage:
     def __init__(self, folder):
         self.folder = folder
         self.run = RunDirectory(folder / "run")
-        self.said = []
+        self.console = Console(file=io.StringIO(), width=1000)
+
+    @property
+    def said(self):
+        return self.console.file.getvalue().splitlines()
 
     def play(self, *acts, away=0, settings=UNCERTIFIED, breakdowns=None, misled=""):
         """Breakdowns: what the questions of these numbers, from 0, end with instead of an answer."""
@@ -94,9 +98,9 @@ class Stage:
     def submitted(self):
         return json.loads((self.folder / "state.json").read_text())["submitted"]
 
-    def deploy(self, overrides=UNCERTIFIED, max_restarts=2, await_certificate=False):
+    def deploy(self, overrides=UNCERTIFIED, max_restarts=2):
         given = [*overrides, f"run_dir={self.run.path}"]
-        return deploy(given, "x", max_restarts, await_certificate, self.said.append)
+        return deploy(given, "x", max_restarts, self.console)
 
     def certify(self):
         folder = self.run.certification(ROUNDS)
@@ -129,7 +133,7 @@ def test_a_run_that_completes_is_submitted_once_and_its_log_shown_once(stage, ca
 def test_a_run_without_a_directory_gets_one_of_its_own(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage.play({"status": "finished:completed", "rounds": ROUNDS})
-    path = deploy([*UNCERTIFIED, "name=mine"], None, 0, False, stage.said.append)
+    path = deploy([*UNCERTIFIED, "name=mine"], None, 0, stage.console)
     assert path.parent == tmp_path / "runs"
     assert path.name.endswith("-mine")
     assert f"run_dir={path}" in stage.submitted[0]
@@ -347,31 +351,27 @@ def test_wrong_settings_are_refused_before_anything_is_submitted(stage):
     assert stage.submitted == []
 
 
-def test_it_waits_for_the_certificate_made_elsewhere(stage):
-    stage.play({"status": "finished:completed", "rounds": ROUNDS})
-    stage.deploy()
-    stage.certify()
-    stage.deploy(await_certificate=True)
-    assert "is certified" in stage.said[-1]
+def test_what_a_service_owes_is_collected_once_the_run_has_trained(stage, monkeypatch):
+    collected = []
 
+    def collect(config, run, console):
+        collected.append(run.path)
+        assert not failure_path(run, ROUNDS).exists()  # a new command is a new attempt
+        stage.certify()
 
-def test_a_failed_certification_elsewhere_is_told(stage):
-    stage.play({"status": "finished:completed", "rounds": ROUNDS})
-    stage.deploy()
+    monkeypatch.setattr(supervisor, "collect", collect)
+    served = [*OVERRIDES, "service.address=127.0.0.1:9", "service.insecure=true"]
+    # Killed while it waited for the service: the model is there, so nothing is submitted again.
+    stage.play(KILLED | {"rounds": ROUNDS}, settings=served)
     failure = failure_path(stage.run, ROUNDS)
     failure.parent.mkdir(parents=True)
     failure.write_text("The data set is gone.\n")
-    future = time.time() + 60
-    os.utime(failure, (future, future))
-    with pytest.raises(CertificationError, match=r"^The data set is gone\.$"):
-        stage.deploy(await_certificate=True)
-
-
-def test_a_certifier_that_does_nothing_is_noticed(stage, monkeypatch):
-    monkeypatch.setattr(supervisor, "_STALL_SECONDS", 0.05)
-    stage.play({"status": "finished:completed", "rounds": ROUNDS})
-    with pytest.raises(CertificationError, match=r"certify .* --wait is running"):
-        stage.deploy(await_certificate=True)
+    assert stage.deploy(served) == stage.run.path
+    assert collected == [stage.run.path]
+    assert "what the certification service owes" in stage.said[-1]
+    stage.deploy(served)
+    assert collected == [stage.run.path]
+    assert len(stage.submitted) == 1
 
 
 def test_an_interrupted_supervisor_says_how_to_go_on(stage, monkeypatch):

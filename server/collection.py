@@ -1,0 +1,202 @@
+"""When a run's courier goes: in the background while the run trains, and to its end once it has trained."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from rich.console import Console
+
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.errors import CertificationError, FedSmoothError, ServiceError
+from server.certification.client import Progress
+from server.certify import find_checkpoint
+from server.courier import POLL_SECONDS, Courier
+from server.owed import CURVE, ROWS, due, failure_path, failures, last_filed, owed, rounds_text
+from server.progress import counting
+from server.recorder import RoundRecord, TrainedRound
+from server.report import show
+from server.run_directory import RunDirectory
+from server.terms import procedure_of, refuse_other_terms
+
+# Nothing comes before somebody mends it, but then all that is owed does.
+_TO_BE_MENDED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")
+
+
+class BackgroundCourier:
+    """An observer that has models certified while training goes on; it neither delays nor fails a round.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._courier: Courier | None = None
+        self._wake = threading.Event()
+
+    def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
+        # With the final model alone to certify there is nothing to do before the end.
+        if config.service.address is not None and config.certification.every:
+            self._courier = Courier(config, run)
+            # A daemon: what it leaves undone when the process ends is done by the next one.
+            threading.Thread(target=self._work, args=(self._courier,), daemon=True).start()
+
+    def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
+        """There is no new model yet."""
+
+    def round_finished(self, record: RoundRecord) -> None:
+        self._wake.set()
+
+    def run_finished(self) -> None:
+        if self._courier is not None:
+            self._courier.stop()
+            self._wake.set()
+
+    def _work(self, courier: Courier) -> None:
+        told = False
+        with courier:
+            while not courier.is_stopped:
+                self._wake.clear()
+                try:
+                    courier.deliver()
+                    pause: float | None = POLL_SECONDS if courier.owed() else None
+                    if told:
+                        self._say("The certification service is back.")
+                    told = False
+                # Whatever it is, training goes on, and the next attempt may fare better.
+                except Exception as error:
+                    pause = courier.trouble(error)
+                    if not told:
+                        self._say(f"Certification in the background waits: {error}")
+                    told = True
+                self._wake.wait(pause)
+
+
+def collect(
+    config: RunConfig,
+    run: RunDirectory,
+    console: Console,
+    *,
+    patience: float | None = None,
+    also: Collection[int] = (),
+) -> None:
+    """Wait for all certificates that a run's service owes it, and report on them.
+
+    Args:
+        config: the run's settings, with a service.
+        run: its directory.
+        console: shows progress, table, and what is still owed.
+        patience: seconds without an answer of the service after which what it owes is left for later; None
+            waits for a service that does not answer, and raises what somebody has to mend.
+        also: rounds that are wanted although they are not due.
+
+    Raises:
+        CertificationError: when the service refused the newest of the models, or failed at it.
+        FedSmoothError: without patience, what somebody has to mend.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    told = ""
+    with Courier(config, run, also) as courier:
+        while courier.owed():
+            try:
+                if courier.deliver():
+                    told = ""
+                    for newest in courier.owed()[:1]:
+                        _show_job(courier, newest, console)
+                    continue
+                problem = "another process collects the certificates of this run"
+                pause, is_final = POLL_SECONDS, False
+            except (FedSmoothError, OSError) as error:
+                problem, pause = str(error), courier.trouble(error)
+                is_final = not isinstance(error, ServiceError) or error.status in _TO_BE_MENDED
+                if is_final and patience is None:
+                    raise
+            if problem != told:
+                say(f"Waiting for certificates: {problem}")
+                told = problem
+            waited = time.monotonic() - courier.answered
+            if is_final or (patience is not None and waited > patience):
+                break
+            time.sleep(pause)
+    _report(config, run, also, console, told)
+
+
+def _show_job(courier: Courier, server_round: int, console: Console) -> None:
+    """Show the progress of a round's job until it has ended."""
+    jobs = courier.follow(server_round)
+    if (first := next(jobs, None)) is None:
+        return
+    title = f"Certifying the model of round {server_round}"
+    with counting(console, title, first.job.num_images) as advance:
+        done = 0
+        for progress in itertools.chain([first], jobs):
+            if progress.job.images_done > done:
+                advance(_note(progress), progress.job.images_done - done)
+                done = progress.job.images_done
+
+
+def _note(progress: Progress) -> str:
+    accuracy = progress.summary["certified_accuracy"]
+    share = accuracy[0]["accuracy"] if accuracy else None
+    parts = [] if share is None else [f"certified accuracy at radius 0: {share:.1%}"]
+    if progress.seconds_left is not None:
+        parts.append(f"{progress.seconds_left:.0f} s left")
+    return ", ".join(parts)
+
+
+def _report(
+    config: RunConfig, run: RunDirectory, also: Collection[int], console: Console, reason: str
+) -> None:
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    if last_filed(run) is not None:
+        show([run.path], run.path / CURVE, config.certification.radius_step, console)
+    wanted = sorted({*due(run, config), *also})
+    given_up = failures(run, wanted)
+    for server_round, why in given_up.items():
+        if server_round != wanted[-1]:
+            say(f"The model of round {server_round} is not certified: {why}")
+    if left := owed(run, config, also):
+        say(
+            f"The certification service still owes the certificates of {rounds_text(left)}: {reason}"
+        )
+        say(f"Collect them later: fedsmooth certify {run.path}")
+    if wanted and wanted[-1] in given_up:
+        raise CertificationError(
+            f"The model of round {wanted[-1]} is not certified: {given_up[wanted[-1]]}"
+        )
+
+
+def collect_run(path: Path, config: RunConfig, console: Console) -> None:
+    """Collect what a run is owed, the certificates of its last checkpoint in any case.
+
+    Models that were given up get another chance.
+
+    Args:
+        path: the run's directory.
+        config: its settings, with a service.
+        console: as for :func:`collect`.
+
+    Raises:
+        FedSmoothError: as :func:`collect`, and when certificates on other terms are there already.
+    """
+    run = RunDirectory(path.expanduser().resolve())
+    latest = find_checkpoint(path)
+    also = [int(latest.stem.rpartition("-")[2])]
+    for server_round in {*due(run, config), *also}:
+        rows = run.certification(server_round) / ROWS
+        refuse_other_terms(rows, dict(procedure_of(config).terms))
+    forget_failures(config, run, also)
+    collect(config, run, console, also=also)
+
+
+def forget_failures(config: RunConfig, run: RunDirectory, also: Collection[int] = ()) -> None:
+    """Let models that were given up be owed again."""
+    for server_round in {*due(run, config), *also}:
+        failure_path(run, server_round).unlink(missing_ok=True)

@@ -1,0 +1,320 @@
+"""Carries a run's models to its certification service, and the certificates back into its directory.
+
+Nobody keeps a list of what was sent: what is owed follows from the directory (:mod:`server.owed`), and the
+same model on the same terms is the same job at the service. So whatever is killed at whatever moment, who
+comes next goes on.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from fedsmooth_core.certification.analysis import summary
+from fedsmooth_core.certification.rows import RowFile
+from fedsmooth_core.checkpoint import load_checkpoint, state_sha256
+from fedsmooth_core.config import RunConfig, from_nested
+from fedsmooth_core.durable import try_lock, write_atomically
+from fedsmooth_core.errors import (
+    CertificationError,
+    CheckpointError,
+    ConfigError,
+    ServiceError,
+    ServiceUnreachableError,
+)
+from fedsmooth_core.models import ModelSpec
+from server.certification.client import CertificationClient, Connection, Progress
+from server.certification.jobs import Job, JobState, JobTerms, Submission
+from server.certify import write_summary
+from server.owed import (
+    CURVE,
+    ROWS,
+    Delivery,
+    failure_path,
+    is_certified,
+    last_filed,
+    owed,
+)
+from server.report import load_curve, plot_curves, table_radii
+from server.run_directory import CERTIFICATION, RunDirectory
+from server.terms import procedure_of, terms_on
+from server.tracking import write_certified
+
+POLL_SECONDS = 2.0
+"""Between two questions to a service that is at work."""
+
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 30.0
+_LOCK = ".courier"
+
+# Asking again would bring the same answer: the model is given up, with the service's sentence.
+_FINAL = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "RESOURCE_EXHAUSTED")
+
+
+def connection_of(config: RunConfig) -> Connection:
+    """Return where a run's service is, and how to be let in.
+
+    Raises:
+        ConfigError: when the run has none.
+    """
+    service = config.service
+    if service.address is None:
+        raise ConfigError("The run has no certification service: set service.address=HOST:PORT.")
+
+    def path(name: str | None) -> Path | None:
+        return None if name is None else Path(name).expanduser()
+
+    return Connection(
+        service.address,
+        path(service.root_certificates),
+        path(service.token_file),
+        path(service.client_certificate),
+        path(service.client_key),
+        service.insecure,
+    )
+
+
+class Courier:
+    """Takes what is owed to the service and brings what is done; a context manager.
+
+    One courier of a run works at a time, in whatever process: the others wait for their turn.
+
+    Args:
+        config: the run's settings, with a service.
+        run: its directory.
+        also: rounds that are wanted although they are not due.
+        connect: makes the client.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        also: Collection[int] = (),
+        connect: Callable[[Connection], CertificationClient] = CertificationClient,
+    ) -> None:
+        self._config, self._run, self._also = config, run, also
+        self._connect = connect
+        self._client: CertificationClient | None = None
+        self._lock: IO[str] | None = None
+        self._keys: dict[int, str] = {}
+        self._delivery = Delivery()
+        self._noted = 0.0
+        self._pause = _FIRST_PAUSE
+        self._stopped = threading.Event()
+        self.answered = time.monotonic()
+        """When the service gave its last answer."""
+
+    def owed(self) -> list[int]:
+        """Return the rounds whose certificates are still to come, newest first."""
+        return owed(self._run, self._config, self._also)
+
+    def deliver(self) -> bool:
+        """Submit what is owed, newest first, and file what is done; False while another courier works.
+
+        Raises:
+            FedSmoothError: when the service does not answer, or lets nobody in. What concerns one model
+                alone is recorded as the reason why that one is given up.
+            OSError: when the directory cannot be written.
+        """
+        if not self._has_lock():
+            return False
+        for server_round in self.owed():
+            if self._stopped.is_set():
+                return True
+            self._advance(server_round)
+        self._redraw()
+        self._note(None)
+        self._pause = _FIRST_PAUSE
+        return True
+
+    def follow(self, server_round: int) -> Iterator[Progress]:
+        """Follow the job of a round until it has ended; nothing comes if there is none under way.
+
+        Raises:
+            ServiceError: as any call of the client.
+        """
+        if (key := self._keys.get(server_round)) is None:
+            return
+        for progress in self._service().watch(key):
+            self.answered = time.monotonic()
+            self._note_progress(server_round, progress.job)
+            yield progress
+
+    def trouble(self, problem: Exception) -> float:
+        """Record why nothing comes; return after how many seconds to try again."""
+        # A new connection, for gRPC waits longer and longer between its own attempts.
+        self._hang_up()
+        with contextlib.suppress(OSError):
+            self._note(str(problem))
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return pause
+
+    def stop(self) -> None:
+        """Let :meth:`deliver` end after the call that is under way."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopped.is_set()
+
+    def close(self) -> None:
+        """Let other couriers work."""
+        self._hang_up()
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _has_lock(self) -> bool:
+        if self._lock is None:
+            folder = self._run.path / CERTIFICATION
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / _LOCK).open("w")
+            if not try_lock(lock):
+                lock.close()
+                return False
+            self._lock = lock
+        return True
+
+    def _service(self) -> CertificationClient:
+        if self._client is None:
+            self._client = self._connect(connection_of(self._config))
+        return self._client
+
+    def _hang_up(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _advance(self, server_round: int) -> None:
+        """Take one round a step further."""
+        client = self._service()
+        try:
+            if (key := self._keys.get(server_round)) is not None:
+                job = client.get(key)
+            else:
+                job = self._submit(client, server_round)
+            self.answered = time.monotonic()
+            self._note_progress(server_round, job)
+            if job.state is JobState.DONE:
+                self._file(client, server_round, job)
+            elif job.state.has_ended:
+                self._give_up(server_round, _why_not(job))
+        except ServiceError as error:
+            if error.status == "NOT_FOUND" and self._keys.pop(server_round, None) is not None:
+                return  # a service that lost its directory: it is submitted again
+            if isinstance(error, ServiceUnreachableError) or error.status not in _FINAL:
+                raise
+            self._give_up(server_round, str(error))
+        except (CheckpointError, CertificationError) as error:
+            self._give_up(server_round, str(error))
+
+    def _submit(self, client: CertificationClient, server_round: int) -> Job:
+        config = self._config
+        checkpoint = load_checkpoint(self._run.checkpoint(server_round))
+        try:
+            spec = from_nested(ModelSpec, checkpoint.metadata["model"])
+            fingerprint = str(checkpoint.metadata["dataset"]["fingerprint"])
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{self._run.checkpoint(server_round)} does not say what model of which data set it is: "
+                "certify it with the version that wrote it."
+            ) from error
+        terms = JobTerms(
+            dataset=config.service.dataset or config.dataset.name,
+            procedure=procedure_of(config),
+            image_size=config.dataset.image_size,
+            num_images=config.certification.num_images,
+        )
+        submission = Submission(self._run.path.name, server_round)
+        job = client.submit(spec, terms, checkpoint.state, submission, fingerprint)
+        if (job.weights, job.terms) != (state_sha256(checkpoint.state), terms):
+            raise ServiceError(
+                "the certification service answered with another job than was submitted: run the same "
+                "version on both sides.",
+                "FAILED_PRECONDITION",
+            )
+        self._keys[server_round] = job.key
+        return job
+
+    def _file(self, client: CertificationClient, server_round: int, job: Job) -> None:
+        """Put the rows of a job that is done into the run's directory, as local certification would."""
+        rows, job = client.fetch(job.key)
+        if self._stopped.is_set():
+            return
+        if len(rows) != job.num_images:
+            raise ServiceError(
+                f"the certification service sent {len(rows)} of {job.num_images} rows: ask again.",
+                "DATA_LOSS",
+            )
+        config, folder = self._config, self._run.certification(server_round)
+        parameters = terms_on(config, job.fingerprint, job.num_images, job.device)
+        parameters["weights"] = job.weights
+        with RowFile(folder / ROWS, parameters) as file:
+            file.extend([row for row in rows if row.idx not in file.done])
+        metadata = load_checkpoint(self._run.checkpoint(server_round)).metadata
+        curve = load_curve(folder / ROWS)
+        radius_step = config.certification.radius_step
+        # Events before the summary: a crash between the two repeats them, and loses none.
+        figures = summary(curve.rows, table_radii([curve], radius_step))
+        write_certified(self._run, server_round, figures)
+        write_summary(folder, parameters, metadata["dataset"].get("num_test_images"), radius_step)
+        failure_path(self._run, server_round).unlink(missing_ok=True)
+        self._forget(server_round)
+
+    def _redraw(self) -> None:
+        """Draw the curve of the last round that is certified, unless it is drawn already."""
+        last = last_filed(self._run)
+        if last is not None and not is_certified(self._run, last):
+            plot_curves([load_curve(self._run.path)], self._run.path / CURVE)
+
+    def _give_up(self, server_round: int, sentence: str) -> None:
+        failure = failure_path(self._run, server_round)
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(failure, f"{sentence}\n".encode())
+        self._forget(server_round)
+
+    def _forget(self, server_round: int) -> None:
+        self._keys.pop(server_round, None)
+        self._delivery.under_way.pop(str(server_round), None)
+        self._delivery.write(self._run)
+
+    def _note_progress(self, server_round: int, job: Job) -> None:
+        under_way, now = self._delivery.under_way, [job.images_done, job.num_images]
+        is_new = str(server_round) not in under_way
+        if is_new or (
+            under_way[str(server_round)] != now and self._noted + POLL_SECONDS < time.time()
+        ):
+            under_way[str(server_round)] = now
+            self._delivery.write(self._run)
+            self._noted = time.time()
+
+    def _note(self, problem: str | None) -> None:
+        if (problem is None) != (self._delivery.since is None):
+            self._delivery.since = None if problem is None else time.time()
+        if problem != self._delivery.problem:
+            self._delivery.problem = problem
+            self._delivery.write(self._run)
+
+
+def _why_not(job: Job) -> str:
+    match job.state:
+        case JobState.CANCELLED:
+            return "The job was cancelled at the certification service."
+        case JobState.SUPERSEDED:
+            return "The certification service dropped it for a newer model of the run."
+    return job.problem or "The certification service says that it failed, and not why."

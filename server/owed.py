@@ -1,0 +1,137 @@
+"""Which certificates a run has, and which its certification service still owes it: its directory tells."""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.durable import write_atomically
+from server.run_directory import CERTIFICATION, RunDirectory
+
+ROWS = "rows.tsv"
+SUMMARY = "summary.json"
+CURVE = "curve"
+"""The pictures in a run's directory, without their endings."""
+
+_FAILURE = "failure.txt"
+_DELIVERY = "delivery.json"
+
+
+def failure_path(run: RunDirectory, server_round: int) -> Path:
+    """Return the file that says why the model of this round will not be certified."""
+    return run.certification(server_round) / _FAILURE
+
+
+def is_filed(run: RunDirectory, server_round: int) -> bool:
+    """Tell whether the certificates of this round's model are complete: the summary is written last."""
+    folder = run.certification(server_round)
+    return (folder / ROWS).is_file() and (folder / SUMMARY).is_file()
+
+
+def last_filed(run: RunDirectory) -> int | None:
+    """Return the last round with any certificates, if those are complete."""
+    rounds = [
+        int(path.parent.name.rpartition("-")[2])
+        for path in (run.path / CERTIFICATION).glob(f"round-*/{ROWS}")
+    ]
+    last = max(rounds, default=None)
+    return last if last is not None and is_filed(run, last) else None
+
+
+def is_certified(run: RunDirectory, server_round: int) -> bool:
+    """Tell whether the certificates of this round's model are complete, and the curve is drawn of them."""
+    pictures = [run.path / f"{CURVE}.{suffix}" for suffix in ("png", "svg")]
+    if not is_filed(run, server_round) or not all(path.is_file() for path in pictures):
+        return False
+    # A picture that is older than the summary was drawn of fewer rounds; the last one may be half-written.
+    summary = (run.certification(server_round) / SUMMARY).stat().st_mtime
+    is_whole = pictures[-1].read_bytes().rstrip().endswith(b"</svg>")
+    return is_whole and all(picture.stat().st_mtime >= summary for picture in pictures)
+
+
+def due(run: RunDirectory, config: RunConfig) -> list[int]:
+    """Return the rounds, newest first, whose models are on the disk and are to be certified."""
+    every, last = config.certification.every, config.federation.num_rounds
+    rounds = {
+        server_round
+        for server_round in range(every, last + 1, every or 1)
+        if every and run.has_checkpoint(server_round)
+    }
+    if config.certification.at_end and run.has_checkpoint(last):
+        rounds.add(last)
+    return sorted(rounds, reverse=True)
+
+
+def owed(run: RunDirectory, config: RunConfig, also: Collection[int] = ()) -> list[int]:
+    """Return the rounds that the service owes certificates of, newest first.
+
+    Those are the rounds that are due, but for what has come and what was given up. It is computed anew each
+    time, so no crash can make it wrong.
+
+    Args:
+        run: the directory.
+        config: the run's settings.
+        also: rounds that are wanted, too, whether they are due or not.
+    """
+    if config.service.address is None:
+        return []
+    return [
+        server_round
+        for server_round in sorted({*due(run, config), *also}, reverse=True)
+        if not is_filed(run, server_round) and not failure_path(run, server_round).is_file()
+    ]
+
+
+def failures(run: RunDirectory, rounds: Collection[int]) -> dict[int, str]:
+    """Return, by round, why models were given up, newest first."""
+    return {
+        server_round: failure_path(run, server_round).read_text().strip()
+        for server_round in sorted(rounds, reverse=True)
+        if failure_path(run, server_round).is_file() and not is_filed(run, server_round)
+    }
+
+
+def rounds_text(rounds: Collection[int]) -> str:
+    """Return e.g. ``round 3`` or ``rounds 3, 6``."""
+    numbers = ", ".join(str(number) for number in sorted(rounds))
+    return f"round{'s' if len(rounds) > 1 else ''} {numbers}"
+
+
+@dataclass
+class Delivery:
+    """How the dealings with the service stand, for people to read: no process depends on it."""
+
+    problem: str | None = None
+    """Why nothing comes; None while the service answers."""
+    since: float | None = None
+    """Seconds since the epoch: when that began."""
+    under_way: dict[str, list[int]] = field(default_factory=dict)
+    """By round, images done and images wanted of its job."""
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> "Delivery":
+        """Return what is recorded; nothing, where that is missing or damaged."""
+        try:
+            found: Any = json.loads((run.path / CERTIFICATION / _DELIVERY).read_bytes())
+        except (OSError, ValueError):
+            return cls()
+        match found:
+            case {
+                "problem": None | str() as problem,
+                "since": None | float() | int() as since,
+                "under_way": dict() as under_way,
+            } if all(_is_progress(value) for value in under_way.values()):
+                return cls(problem, since, under_way)
+        return cls()
+
+    def write(self, run: RunDirectory) -> None:
+        """Record it, atomically."""
+        folder = run.path / CERTIFICATION
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / _DELIVERY, f"{json.dumps(asdict(self))}\n".encode())
+
+
+def _is_progress(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) for n in value)
