@@ -12,9 +12,9 @@ from fedsmooth_core.certification.analysis import Rows, certified_accuracy, conf
 MAX_SERIES = 7
 """As many series as there are colours and dashes in ``style.css``: more could not be told apart."""
 
-# The viewBox, and the frame of the axes inside it; sized so that 12-unit text is readable on a telephone.
+# The viewBox, and the frame of the axes inside it; sized so that text is readable on a telephone.
 WIDTH, HEIGHT = 480, 310
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 470, 10, 266
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 470, 10, 266
 
 # A curve of more steps than this is drawn through as many points: finer than a pixel.
 _MAX_POINTS = 500
@@ -64,7 +64,6 @@ class Figure:
     title: str
     description: str
     x_label: str
-    y_label: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     lines: tuple[Line, ...]
@@ -107,7 +106,6 @@ def radius_figure(name: str, title: str, description: str, curves: Sequence[Seri
         title,
         description,
         "l2 radius (pixels in [0, 1])",
-        "certified accuracy",
         _ticks(*span, span),
         _percent_ticks(),
         tuple(_steps(curve, number, span) for number, curve in enumerate(curves)),
@@ -133,7 +131,6 @@ def rounds_figure(name: str, title: str, description: str, lines: Sequence[Serie
         title,
         description,
         "round",
-        "certified accuracy",
         _ticks(first, last, span, whole=True),
         _percent_ticks(),
         tuple(_polyline(line, number, span) for number, line in enumerate(lines)),

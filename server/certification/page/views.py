@@ -1,5 +1,6 @@
 """What the templates show, worked out beforehand: lines of tables and figures."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ UNFINISHED = "unfinished"
 # More lines over rounds than these make a thicket.
 _RADII_OVER_ROUNDS = 5
 _RADII_IN_LIST = 3
+_GROUPS_OF_A_RUN = 8
 
 Figures = Mapping[str, Any]
 """What :func:`fedsmooth_core.certification.analysis.summary` returns."""
@@ -131,8 +133,8 @@ def series_of_run(lines: Sequence[JobLine], rows: Callable[[str], Rows]) -> list
         rows: gets a job's rows by its key.
 
     Returns:
-        The group with the latest submission first. Figures show finished jobs only: the images
-        that a job has done are no fair sample of all of them.
+        The group with the latest submission first, at most eight. Figures show finished jobs only:
+        the images that a job has done are no fair sample of all of them.
     """
     groups: dict[tuple[object, ...], dict[int, JobLine]] = {}
     for line in lines:
@@ -141,7 +143,7 @@ def series_of_run(lines: Sequence[JobLine], rows: Callable[[str], Rows]) -> list
         of_group.setdefault(line.submission.round, line)
     return [
         _run_series(sorted(group.values(), key=lambda line: -line.submission.round), number, rows)
-        for number, group in enumerate(groups.values())
+        for number, group in enumerate(list(groups.values())[:_GROUPS_OF_A_RUN])
     ]
 
 
@@ -150,14 +152,14 @@ def _run_series(lines: Sequence[JobLine], number: int, rows: Callable[[str], Row
     radii = [one["radius"] for one in lines[0].figures["certified_accuracy"]]
     if not done:
         return RunSeries(lines, radii[:_RADII_IN_LIST], None, None)
-    num_shown = _num_shown([line.figures for line in done])
-    # The last radius shown is one at which nothing is left: a line along the axis.
-    stride = -(-max(num_shown - 1, 1) // _RADII_OVER_ROUNDS)
-    over_rounds = [_over_rounds(done, at) for at in range(0, max(num_shown - 1, 1), stride)]
+    figures = [line.figures for line in done]
+    num_lines = max(_num_left(figures), 1)
+    stride = math.ceil(num_lines / _RADII_OVER_ROUNDS)
+    over_rounds = [_over_rounds(done, at) for at in range(0, num_lines, stride)]
     last = done[-1]
     return RunSeries(
         lines,
-        radii[:num_shown],
+        radii[: _num_shown(figures)],
         rounds_figure(
             f"rounds-{number}",
             "Certified accuracy over the rounds",
@@ -199,7 +201,7 @@ def comparison(lines: Sequence[JobLine], rows: Callable[[str], Rows]) -> Compari
     images = [(line.job.terms.dataset, line.job.fingerprint, line.job.num_images) for line in lines]
     figure = radius_figure(
         "compared",
-        "Certified accuracy against l2 radius",
+        "Certified accuracy of each run's last certified model",
         " ".join(f"{line.name}: {_at_zero(line)}" for line in lines),
         [certified_curve(line.name, one) for line, one in zip(lines, of_line, strict=True)],
     )
@@ -212,11 +214,16 @@ def comparison(lines: Sequence[JobLine], rows: Callable[[str], Rows]) -> Compari
     )
 
 
+def _num_left(many: Sequence[Figures]) -> int:
+    """Return at how many radii of the common grid any model has images left."""
+    return max(
+        sum(bool(one["accuracy"]) for one in figures["certified_accuracy"]) for figures in many
+    )
+
+
 def _num_shown(many: Sequence[Figures]) -> int:
-    """Return how many radii of the common grid to show: to the first where nothing is left."""
-    grids = [figures["certified_accuracy"] for figures in many]
-    longest = max(sum(bool(one["accuracy"]) for one in of_grid) for of_grid in grids)
-    return min(longest + 1, len(grids[0]))
+    """Return how many radii to show: to the first where nothing is left."""
+    return min(_num_left(many) + 1, len(many[0]["certified_accuracy"]))
 
 
 def _at_zero(line: JobLine) -> str:
