@@ -131,6 +131,7 @@ class JobStore:
         self._listeners: list[Callable[[str], None]] = []
         # A reader of its own is never kept waiting by a large model that is being written.
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._listeners_lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -341,10 +342,13 @@ class JobStore:
         It is called in the thread that made the change, so it must be quick: set an event. Subscribe
         first and read then: what changed before the reading is in it, what comes after calls.
         """
-        self._listeners = [*self._listeners, listener]
+        # A new list each time: a change may be walking through the old one.
+        with self._listeners_lock:
+            self._listeners = [*self._listeners, listener]
 
         def unsubscribe() -> None:
-            self._listeners = [other for other in self._listeners if other is not listener]
+            with self._listeners_lock:
+                self._listeners = [other for other in self._listeners if other is not listener]
 
         return unsubscribe
 
