@@ -311,6 +311,8 @@ OUT_OF_RANGE = [
     (FederationConfig, "connect_timeout_seconds", [0.0], "a number > 0"),
     (EvaluationConfig, "every", [-1], "a number >= 0"),
     (EvaluationConfig, "batch_size", [0], "a number >= 1"),
+    (CertificationConfig, "method", ["both"], "one of fixed, sequential"),
+    (CertificationConfig, "precision", ["float16"], "one of float32, bfloat16"),
     (CertificationConfig, "sigma", [0.0, -0.5], "a number > 0"),
     (CertificationConfig, "every", [-1], "a number >= 0"),
     (CertificationConfig, "n0", [0], "a number >= 1"),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,13 @@ def test_no_rows_are_no_accuracy_and_no_warning():
     low, high = confidence_interval(NO_ROWS, RADII)
     assert (low == 0).all()
     assert (high == 1).all()
+
+
+def test_the_summary_says_how_many_draws_an_image_took():
+    assert "mean_n" not in summary(EXAMPLE, [0])
+    row = CertifiedRow(0, label=3, predict=3, radius=0.5, correct=1, time=1.0, n=128)
+    rows = Rows.of([row, replace(row, idx=1, n=1000)])
+    assert summary(rows, [0])["mean_n"] == 564
 
 
 def test_the_summary_is_strict_json():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fedsmooth_core.certification.row_format import (
     HEADER,
+    HEADER_WITH_N,
     CertifiedRow,
     Rows,
     format_row,
@@ -45,6 +46,23 @@ def test_what_is_written_reads_back_exactly(tmp_path_factory, rows, end, blank_l
         actual = getattr(read, column)
         np.testing.assert_array_equal(actual, getattr(expected, column))
         assert actual.dtype == (np.float64 if column in ("radius", "time") else np.int64)
+
+
+@given(certified_rows, st.lists(st.integers(1, 10**12)))
+def test_rows_that_say_their_n_read_back_exactly(tmp_path_factory, rows, draws):
+    rows = [replace(row, n=n) for row, n in zip(rows, draws, strict=False)]
+    text = "\n".join([HEADER_WITH_N, *map(format_row, rows)])
+    read = parse_rows(text.encode(), tmp_path_factory.getbasetemp())
+    assert read.idx.tolist() == [row.idx for row in rows]
+    assert read.radius.tolist() == [row.radius for row in rows]
+    assert ([] if read.n is None else read.n.tolist()) == [row.n for row in rows]
+
+
+def test_rows_with_and_without_n_do_not_mix():
+    row = CertifiedRow(0, label=3, predict=3, radius=0.5, correct=1, time=1.0)
+    assert Rows.of([row]).n is None
+    with pytest.raises(CertificationError, match="some do not"):
+        Rows.of([row, replace(row, idx=1, n=128)])
 
 
 def test_what_published_files_hold(tmp_path):
@@ -90,6 +108,9 @@ GOOD = "0\t3\t3\t0.5\t1\t1.0"
         (f"{HEADER}\n{GOOD}\n{2**64}\t3\t3\t0.5\t1\t1\n", "line 3.*idx="),
         (f"{HEADER}\n{GOOD}\n1\t3\t3\t0.5\t1\t0:0\n", "line 3.*time='0:0'"),
         (f"{HEADER}\n{GOOD}\n{GOOD}\n", "line 3.*image 0 is on line 2"),
+        (f"{HEADER_WITH_N}\n{GOOD}\t128\n1\t3\t3\t0.5\t1\t1\n", "line 3.*6 columns where 7"),
+        (f"{HEADER_WITH_N}\n{GOOD}\t0\n", "line 2.*n=0 is less than 1"),
+        (f"{HEADER_WITH_N}\n{GOOD}\t1.5\n", r"line 2.*n='1\.5' is not a whole number"),
     ],
 )
 def test_what_is_no_row_is_named_with_its_file_and_line(tmp_path, text, message):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import certify_to_file
@@ -10,11 +11,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsmooth_core.certification.row_format import HEADER, CertifiedRow, format_row
-from fedsmooth_core.certification.rows import RowFile, parameters_path, read_rows
+from fedsmooth_core.certification.row_format import (
+    HEADER,
+    HEADER_WITH_N,
+    CertifiedRow,
+    format_row,
+)
+from fedsmooth_core.certification.rows import (
+    RowFile,
+    parameters_path,
+    read_parameters,
+    read_rows,
+)
 from fedsmooth_core.errors import CertificationError
 
 PARAMETERS = {"weights": "ab12", "sigma": 0.25, "n": 1000, "num_images": None}
+
+SEQUENTIAL = PARAMETERS | {"method": "sequential", "radius_step": 0.25}
 
 
 def row(idx):
@@ -89,6 +102,34 @@ def test_parameters_may_change_until_an_image_is_finished(tmp_path):
         "rows.tsv",
         "rows.tsv.parameters.json",
     ]
+
+
+def test_a_file_begun_before_there_were_methods_is_of_fixed_n(tmp_path):
+    path = tmp_path / "rows.tsv"
+    write_rows(path, [0])
+    assert "method" not in json.loads(parameters_path(path).read_text())
+    assert read_parameters(path) == PARAMETERS | {"method": "fixed"}
+    write_rows(path, [1], PARAMETERS | {"method": "fixed"})
+    write_rows(path, [2])
+    assert read_rows(path).idx.tolist() == [0, 1, 2]
+    with pytest.raises(CertificationError, match=r"method \('fixed' there, 'sequential' now\)"):
+        RowFile(path, SEQUENTIAL)
+
+
+def test_sequential_rows_say_their_n(tmp_path):
+    path = tmp_path / "rows.tsv"
+    write_rows(path, [])  # whoever begins, the first row decides
+    with RowFile(path, SEQUENTIAL) as file:
+        file.append(replace(row(0), n=128))
+        with pytest.raises(CertificationError, match="image 1: the column n"):
+            file.append(row(1))
+    with RowFile(path, SEQUENTIAL) as file:
+        file.append(replace(row(1), n=1000))
+    assert path.read_text().startswith(HEADER_WITH_N + "\n")
+    assert read_rows(path).n.tolist() == [128, 1000]
+    fixed = tmp_path / "fixed.tsv"
+    with RowFile(fixed, PARAMETERS) as file, pytest.raises(CertificationError, match="column n"):
+        file.append(replace(row(0), n=128))
 
 
 @pytest.mark.parametrize("damage", [None, "{"])

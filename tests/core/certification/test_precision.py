@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from known_classifiers import random_images, small_network
+from torch import nn
+
+from fedsmooth_core.certification.precision import in_precision
+from fedsmooth_core.certification.procedure import Procedure, certify_images
+from fedsmooth_core.errors import CertificationError
+
+SHAPE = (3, 5, 5)
+
+
+class Seen(nn.Module):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(75, 3))
+        self.inputs = []
+
+    def forward(self, x):
+        self.inputs.append(x.clone())
+        return x.flatten(1) @ self.weight
+
+
+def test_float32_is_the_model_itself_without_tf32():
+    model = small_network(SHAPE)
+    torch.backends.cudnn.allow_tf32 = True
+    assert in_precision(model, "float32") is model
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_bfloat16_is_a_copy_that_computes_in_it():
+    model = Seen()
+    computing = in_precision(model, "bfloat16")
+    scores = computing(torch.full((2, *SHAPE), 0.3))
+    assert scores.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in computing.parameters()} == {torch.bfloat16}
+    assert computing.model.inputs[0].dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
+    assert not model.inputs
+
+
+def test_what_is_in_bfloat16_already_stays_itself():
+    computing = in_precision(small_network(SHAPE), "bfloat16")
+    assert in_precision(computing, "bfloat16") is computing
+    around = nn.Sequential(computing)
+    assert in_precision(around, "bfloat16") is around
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(CertificationError, match=r"float16.*float32, bfloat16"):
+        in_precision(nn.Identity(), "float16")
+
+
+def test_bfloat16_has_the_noise_of_float32():
+    """Drawn in float32, then rounded."""
+    images, labels = random_images(1, SHAPE), torch.zeros(1, dtype=torch.int64)
+    inputs = []
+    for precision in ("float32", "bfloat16"):
+        computing = in_precision(Seen(), precision)
+        procedure = Procedure(n0=1, n=100, precision=precision)
+        list(
+            certify_images(
+                computing,
+                images,
+                labels,
+                [0],
+                max_value=255,
+                procedure=procedure,
+                batch_size=128,
+                device="cpu",
+            )
+        )
+        inputs.append(torch.cat([*computing.modules()][-1].inputs))
+    torch.testing.assert_close(inputs[0].bfloat16(), inputs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["fixed", "sequential"])
+def test_rows_in_bfloat16_do_not_depend_on_batch_size_or_company(method):
+    model, images, labels = small_network(SHAPE), random_images(10, SHAPE), torch.arange(10)
+    procedure = Procedure(n=1000, method=method, radius_step=0.1, precision="bfloat16")
+
+    def rows_of(chosen, batch_size):
+        rows = certify_images(
+            model,
+            images[chosen],
+            labels[chosen],
+            chosen,
+            max_value=255,
+            procedure=procedure,
+            batch_size=batch_size,
+            device="cpu",
+        )
+        return [replace(row, time=0.0) for row in rows]
+
+    reference = rows_of(range(10), 512)
+    assert rows_of(range(10), 128) == reference
+    assert rows_of(range(10), 2048) == reference
+    assert rows_of([7, 2], 512) == [reference[7], reference[2]]
