@@ -12,17 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedsmooth_core.config import RunConfig, from_nested
-from fedsmooth_core.errors import CertificationError, CheckpointError, ConfigError, ServiceError
+from fedsmooth_core.errors import CertificationError, ConfigError, ServiceError
 
 if TYPE_CHECKING:  # PyTorch and gRPC take seconds, and `fedsmooth --help` needs neither
     import numpy as np
     from numpy.typing import NDArray
     from rich.table import Table
 
-    from fedsmooth_core.checkpoint import Checkpoint
     from fedsmooth_core.models import ModelSpec
     from server.certification.client import Answer, CertificationClient, Connection
-    from server.certification.jobs import Job, JobTerms
+    from server.certification.jobs import Job
 
 _SHORT = 12
 """Digits of a key that tables show; commands take as few as tell it apart."""
@@ -57,8 +56,7 @@ def connection_options(sub: argparse.ArgumentParser, required: bool) -> None:
 
 def connection(options: argparse.Namespace) -> "Connection":
     """Return the connection that the options describe."""
-    # gRPC's own lines about handshakes would stand above the sentence that says what is wrong.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    _quiet_grpc()
     from server.certification.client import Connection
 
     return Connection(
@@ -69,6 +67,19 @@ def connection(options: argparse.Namespace) -> "Connection":
         options.client_key,
         options.insecure,
     )
+
+
+def _client(where: "Connection") -> "CertificationClient":
+    _quiet_grpc()
+    from server.certification.client import CertificationClient
+
+    return CertificationClient(where)
+
+
+def _quiet_grpc() -> None:
+    # Its own lines about handshakes would stand above the sentence that says what is wrong. It looks at
+    # this once, when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def with_service(config: RunConfig, options: argparse.Namespace) -> RunConfig:
@@ -266,9 +277,7 @@ def token(options: argparse.Namespace, console: Console) -> None:
 
 def jobs(options: argparse.Namespace, console: Console) -> None:
     """List jobs, or look at one, follow it, cancel it, or fetch what it made."""
-    from server.certification.client import CertificationClient
-
-    with CertificationClient(connection(options)) as client:
+    with _client(connection(options)) as client:
         if options.key is None:
             if options.watch or options.cancel or options.fetch:
                 raise ConfigError("--watch, --cancel and --fetch are about one job: give its key.")
@@ -348,6 +357,7 @@ def _show(job: "Job", console: Console) -> None:
 
 def _follow(client: "CertificationClient", job: "Job", console: Console | None) -> "Job":
     from server.progress import counting
+    from server.service_jobs import progress_note
 
     with counting(console, f"Job {job.key[:_SHORT]}", job.num_images) as advance:
         done = 0
@@ -361,44 +371,21 @@ def _follow(client: "CertificationClient", job: "Job", console: Console | None) 
     return job
 
 
-def progress_note(figures: dict[str, Any], seconds_left: float | None) -> str:
-    """Say how a job goes: certified accuracy at radius 0 with its interval, and what is left."""
-    notes = []
-    if figures["num_images"]:
-        first = figures["certified_accuracy"][0]
-        low, high = first["confidence_interval_95"]
-        notes.append(
-            f"certified accuracy at radius 0: {first['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-        )
-    if seconds_left:
-        notes.append(f"about {seconds_left:.0f} s left")
-    return ", ".join(notes)
-
-
 def _fetch(
     client: "CertificationClient", job: "Job", folder: Path, num_test_images: int | None
 ) -> Path:
     """Write what there is of a job as local certification would; return the path of the rows."""
-    from fedsmooth_core.certification.rows import RowFile
     from server.certify import write_summary
     from server.owed import ROWS
+    from server.service_jobs import write_rows
 
     rows, job = client.fetch(job.key)
     if not rows:
         raise CertificationError(
             f"the job {job.key[:_SHORT]} has no rows yet: it is {job.state.value}."
         )
-    procedure = job.terms.procedure
-    parameters = {
-        "dataset": job.fingerprint,
-        **procedure.terms,
-        "num_images": job.num_images,
-        "device": job.device,
-        "weights": job.weights,
-    }
-    with RowFile(folder / ROWS, parameters) as file:
-        file.extend([row for row in rows if row.idx not in file.done])
-    write_summary(folder, parameters, num_test_images, procedure.radius_step)
+    parameters = write_rows(rows, job, folder)
+    write_summary(folder, parameters, num_test_images, job.terms.procedure.radius_step)
     return folder / ROWS
 
 
@@ -415,47 +402,18 @@ def certify_at_service(
         FedSmoothError: when the service does not answer or refuses, or the job does not come to its end.
     """
     from fedsmooth_core.checkpoint import load_checkpoint
-    from server.certification.client import CertificationClient
-    from server.courier import connection_of
+    from server.service_jobs import connection_of, submit_checkpoint
 
-    checkpoint = load_checkpoint(path)
-    spec, fingerprint = _described(checkpoint, path)
-    with CertificationClient(connection_of(config)) as client:
-        job = client.submit(spec, _job_terms(config), checkpoint.state, None, fingerprint)
+    with _client(connection_of(config)) as client:
+        job = submit_checkpoint(client, path, config)
         job = _follow(client, job, console)
         if job.images_done < job.num_images:
             raise CertificationError(
                 f"the job {job.key} is {job.state.value} after {job.images_done} of {job.num_images} "
                 f"images{f': {job.problem}' if job.problem else '.'}"
             )
-        dataset = checkpoint.metadata.get("dataset", {})
+        dataset = load_checkpoint(path).metadata.get("dataset", {})
         return _fetch(client, job, folder, dataset.get("num_test_images"))
-
-
-def _described(checkpoint: "Checkpoint", path: Path) -> tuple["ModelSpec", str]:
-    """Return a checkpoint's architecture, and the fingerprint of what it was trained on."""
-    from fedsmooth_core.models import ModelSpec
-
-    try:
-        spec = from_nested(ModelSpec, checkpoint.metadata["model"])
-        return spec, str(checkpoint.metadata["dataset"]["fingerprint"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path} does not say what model of which data set it is: certify it with the version that "
-            "wrote it."
-        ) from error
-
-
-def _job_terms(config: RunConfig) -> "JobTerms":
-    from server.certification.jobs import JobTerms
-    from server.terms import procedure_of
-
-    return JobTerms(
-        dataset=config.service.dataset or config.dataset.name,
-        procedure=procedure_of(config),
-        image_size=config.dataset.image_size,
-        num_images=config.certification.num_images,
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -497,9 +455,7 @@ def _plain(answer: "Answer", with_radius: bool) -> dict[str, Any]:
 
 
 def _answers_of_service(options: argparse.Namespace) -> list["Answer"]:
-    from server.certification.client import CertificationClient
-
-    with CertificationClient(connection(options)) as client:
+    with _client(connection(options)) as client:
         job = _find(client, options.model)
         images = _images(options.images, job.spec)
         answers: list[Answer] = []
@@ -538,10 +494,11 @@ def _answers_here(options: argparse.Namespace) -> list["Answer"]:
     from server.certification.client import Answer
     from server.certify import find_checkpoint
     from server.configuration import with_overrides
+    from server.service_jobs import described
 
     path = find_checkpoint(options.checkpoint)
     checkpoint = load_checkpoint(path)
-    spec, _ = _described(checkpoint, path)
+    spec, _ = described(checkpoint, path)
     names = checkpoint.metadata["dataset"]["class_names"]
     config = with_overrides(checkpoint.metadata.get("config"), [], str(path.with_suffix(".json")))
     device = choose_device(options.device)

@@ -185,6 +185,7 @@ class CertificationServer:
             config = uvicorn.Config(
                 self._site(),
                 lifespan="off",
+                ws="none",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
