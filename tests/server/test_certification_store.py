@@ -272,7 +272,9 @@ def test_one_process_at_a_time(tmp_path):
     JobStore(tmp_path).close()
 
 
-@pytest.mark.parametrize("content", [b"no database at all, but long enough to tell" * 99, b"\0" * 9])
+@pytest.mark.parametrize(
+    "content", [b"no database at all, but long enough to tell" * 99, b"\0" * 9]
+)
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(StorageError, match="damaged or no store"):
@@ -346,7 +348,7 @@ def test_submissions_that_cannot_be_are_refused(run, server_round):
         Submission(run, server_round)
 
 
-class _Crash(Exception):
+class _CrashError(Exception):
     pass
 
 
@@ -412,7 +414,7 @@ class Histories(RuleBasedStateMachine):
         if crashes:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(store_module, "_supersede", self._copy_and_die)
-                with pytest.raises(_Crash):
+                with pytest.raises(_CrashError):
                     self.store.append(key, rows, drop_superseded=True)
             self._continue_in_copy()
             return
@@ -423,14 +425,16 @@ class Histories(RuleBasedStateMachine):
         for other in self.jobs.values():
             if drop and other is not known and other["state"] in UNFINISHED:
                 needless = all(
-                    any(s.run and s.run == n.run and s.round < n.round for n in known["submissions"])
+                    any(
+                        s.run and s.run == n.run and s.round < n.round for n in known["submissions"]
+                    )
                     for s in other["submissions"]
                 )
                 other["state"] = "superseded" if needless else other["state"]
 
     @rule()
     def crash(self):
-        with pytest.raises(_Crash):
+        with pytest.raises(_CrashError):
             self._copy_and_die()
         self._continue_in_copy()
 
@@ -443,7 +447,7 @@ class Histories(RuleBasedStateMachine):
         # Without SQLite's shared memory, which does not outlive a process.
         self.copy = self.folder / f"copy-{next(self.numbers)}"
         shutil.copytree(self.store.directory, self.copy, ignore=shutil.ignore_patterns("*-shm"))
-        raise _Crash
+        raise _CrashError
 
     def _continue_in_copy(self):
         self.store.close()
