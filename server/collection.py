@@ -10,7 +10,6 @@ from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import CertificationError, FedSmoothError, ServiceError
-from server.certification.client import Progress
 from server.certify import find_checkpoint
 from server.courier import POLL_SECONDS, Courier
 from server.owed import CURVE, ROWS, due, failure_path, failures, last_filed, owed, rounds_text
@@ -18,6 +17,7 @@ from server.progress import counting
 from server.recorder import RoundRecord, TrainedRound
 from server.report import show
 from server.run_directory import RunDirectory
+from server.service_jobs import progress_note
 from server.terms import procedure_of, refuse_other_terms
 
 # Nothing comes before somebody mends it, but then all that is owed does.
@@ -136,17 +136,9 @@ def _show_job(courier: Courier, server_round: int, console: Console) -> None:
         done = 0
         for progress in itertools.chain([first], jobs):
             if progress.job.images_done > done:
-                advance(_note(progress), progress.job.images_done - done)
+                note = progress_note(progress.summary, progress.seconds_left)
+                advance(note, progress.job.images_done - done)
                 done = progress.job.images_done
-
-
-def _note(progress: Progress) -> str:
-    accuracy = progress.summary["certified_accuracy"]
-    share = accuracy[0]["accuracy"] if accuracy else None
-    parts = [] if share is None else [f"certified accuracy at radius 0: {share:.1%}"]
-    if progress.seconds_left is not None:
-        parts.append(f"{progress.seconds_left:.0f} s left")
-    return ", ".join(parts)
 
 
 def _report(

@@ -9,25 +9,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from fedsmooth_core.certification.analysis import summary
-from fedsmooth_core.certification.rows import RowFile
-from fedsmooth_core.checkpoint import load_checkpoint, state_sha256
-from fedsmooth_core.config import RunConfig, from_nested
+from fedsmooth_core.checkpoint import load_checkpoint
+from fedsmooth_core.config import RunConfig
 from fedsmooth_core.durable import try_lock, write_atomically
 from fedsmooth_core.errors import (
     CertificationError,
     CheckpointError,
-    ConfigError,
     ServiceError,
     ServiceUnreachableError,
 )
-from fedsmooth_core.models import ModelSpec
 from server.certification.client import CertificationClient, Connection, Progress
-from server.certification.jobs import Job, JobState, JobTerms, Submission
+from server.certification.jobs import Job, JobState, Submission
 from server.certify import write_summary
 from server.owed import (
     CURVE,
@@ -40,7 +36,7 @@ from server.owed import (
 )
 from server.report import load_curve, plot_curves, table_radii
 from server.run_directory import CERTIFICATION, RunDirectory
-from server.terms import procedure_of, terms_on
+from server.service_jobs import connection_of, submit_checkpoint, write_rows
 from server.tracking import write_certified
 
 POLL_SECONDS = 2.0
@@ -52,29 +48,6 @@ _LOCK = ".courier"
 
 # Asking again would bring the same answer: the model is given up, with the service's sentence.
 _FINAL = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "RESOURCE_EXHAUSTED")
-
-
-def connection_of(config: RunConfig) -> Connection:
-    """Return where a run's service is, and how to be let in.
-
-    Raises:
-        ConfigError: when the run has none.
-    """
-    service = config.service
-    if service.address is None:
-        raise ConfigError("The run has no certification service: set service.address=HOST:PORT.")
-
-    def path(name: str | None) -> Path | None:
-        return None if name is None else Path(name).expanduser()
-
-    return Connection(
-        service.address,
-        path(service.root_certificates),
-        path(service.token_file),
-        path(service.client_certificate),
-        path(service.client_key),
-        service.insecure,
-    )
 
 
 class Courier:
@@ -207,7 +180,10 @@ class Courier:
             if (key := self._keys.get(server_round)) is not None:
                 job = client.get(key)
             else:
-                job = self._submit(client, server_round)
+                submission = Submission(self._run.path.name, server_round)
+                path = self._run.checkpoint(server_round)
+                job = submit_checkpoint(client, path, self._config, submission)
+                self._keys[server_round] = job.key
             self.answered = time.monotonic()
             self._note_progress(server_round, job)
             if job.state is JobState.DONE:
@@ -223,34 +199,6 @@ class Courier:
         except (CheckpointError, CertificationError) as error:
             self._give_up(server_round, str(error))
 
-    def _submit(self, client: CertificationClient, server_round: int) -> Job:
-        config = self._config
-        checkpoint = load_checkpoint(self._run.checkpoint(server_round))
-        try:
-            spec = from_nested(ModelSpec, checkpoint.metadata["model"])
-            fingerprint = str(checkpoint.metadata["dataset"]["fingerprint"])
-        except (KeyError, TypeError, ConfigError) as error:
-            raise CheckpointError(
-                f"{self._run.checkpoint(server_round)} does not say what model of which data set it is: "
-                "certify it with the version that wrote it."
-            ) from error
-        terms = JobTerms(
-            dataset=config.service.dataset or config.dataset.name,
-            procedure=procedure_of(config),
-            image_size=config.dataset.image_size,
-            num_images=config.certification.num_images,
-        )
-        submission = Submission(self._run.path.name, server_round)
-        job = client.submit(spec, terms, checkpoint.state, submission, fingerprint)
-        if (job.weights, job.terms) != (state_sha256(checkpoint.state), terms):
-            raise ServiceError(
-                "the certification service answered with another job than was submitted: run the same "
-                "version on both sides.",
-                "FAILED_PRECONDITION",
-            )
-        self._keys[server_round] = job.key
-        return job
-
     def _file(self, client: CertificationClient, server_round: int, job: Job) -> None:
         """Put the rows of a job that is done into the run's directory, as local certification would."""
         rows, job = client.fetch(job.key)
@@ -261,14 +209,11 @@ class Courier:
                 f"the certification service sent {len(rows)} of {job.num_images} rows: ask again.",
                 "DATA_LOSS",
             )
-        config, folder = self._config, self._run.certification(server_round)
-        parameters = terms_on(config, job.fingerprint, job.num_images, job.device)
-        parameters["weights"] = job.weights
-        with RowFile(folder / ROWS, parameters) as file:
-            file.extend([row for row in rows if row.idx not in file.done])
+        folder = self._run.certification(server_round)
+        parameters = write_rows(rows, job, folder)
         metadata = load_checkpoint(self._run.checkpoint(server_round)).metadata
         curve = load_curve(folder / ROWS)
-        radius_step = config.certification.radius_step
+        radius_step = self._config.certification.radius_step
         # Events before the summary: a crash between the two repeats them, and loses none.
         figures = summary(curve.rows, table_radii([curve], radius_step))
         write_certified(self._run, server_round, figures)

@@ -35,20 +35,12 @@ def certification_terms(
     config: RunConfig, test_set: ArrayDataset, device: torch.device
 ) -> dict[str, Scalar]:
     """Return, by name, everything but the weights that determines the rows of a certification."""
-    num_images = len(subset_indices(len(test_set), config.certification.num_images))
-    return terms_on(config, test_set.info.fingerprint, num_images, device.type)
-
-
-def terms_on(
-    config: RunConfig, fingerprint: str, num_images: int, device: str
-) -> dict[str, Scalar]:
-    """Return the terms for so many images of the data set with this fingerprint, on this kind of device."""
     return {
-        "dataset": fingerprint,
+        "dataset": test_set.info.fingerprint,
         **procedure_of(config).terms,
-        "num_images": num_images,
+        "num_images": len(subset_indices(len(test_set), config.certification.num_images)),
         # CPU and CUDA draw different noise from one seed: both are valid, a mixture is not one file.
-        "device": device,
+        "device": device.type,
     }
 
 

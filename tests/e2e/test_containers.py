@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+import urllib.request
 
 import pytest
 from flower_processes import REPOSITORY, free_port, rounds
@@ -19,6 +20,9 @@ OVERRIDES = [
     "training.local_steps=20",
     "certification.n=200",
     "certification.num_images=5",
+    "certification.every=1",
+    # The ServerApp leaves what is owed to `train`.
+    "service.patience_seconds=5",
     "runtime.threads=1",
 ]
 
@@ -113,6 +117,7 @@ class Deployment:
             "COMPOSE_PROJECT_NAME": self.project,
             "FEDSMOOTH_RUNS": str(self.runs),
             "FEDSMOOTH_LISTEN": f"127.0.0.1:{free_port()}",
+            "FEDSMOOTH_PAGE": str(free_port()),
             "FEDSMOOTH_CLIENTS": str(CLIENTS),
             "FEDSMOOTH_OVERRIDES": " ".join(OVERRIDES),
         }
@@ -162,6 +167,14 @@ class Deployment:
             assert time.monotonic() < end, self.compose("logs", "--tail=40")[-8000:]
             time.sleep(0.5)
 
+    def status(self):
+        superlink = self.container("superlink")
+        said = self.docker("exec", superlink, "fedsmooth", "status", "/runs/run", "--json")
+        return json.loads(said)
+
+    def num_certified(self):
+        return len(list(self.run.glob("certification/round-*/summary.json")))
+
     def num_rounds(self):
         return len(rounds(self.run)) if (self.run / "metrics.jsonl").is_file() else 0
 
@@ -187,12 +200,24 @@ def test_containers_train_and_certify_though_a_client_is_killed(deployment):
     deployment.docker("kill", victim)
     assert deployment.num_rounds() == 1
 
+    deployment.wait_for(lambda: deployment.num_certified() == 1, patience=120)
+    deployment.compose("stop", "certifier")
+
     devices_reach_nothing_but_the_fleet_api(deployment)
     devices_hold_no_key_but_their_own(deployment)
+
+    # Training goes on without the certifier, and the run's record says what is owed.
+    deployment.wait_for(lambda: deployment.num_rounds() == ROUNDS, patience=300)
+    deployment.wait_for(lambda: deployment.status()["state"] == "trained", patience=120)
+    status = deployment.status()
+    assert status["owed"] == list(range(ROUNDS, 1, -1))
+    assert "certifier" in status["delivery"]["problem"]
+    deployment.compose("start", "certifier")
 
     status = deployment.docker("wait", deployment.container("train"), timeout=600)
     assert status.strip() == "0", deployment.compose("logs", "train")[-6000:]
     the_artefacts_are_on_the_host(deployment.run)
+    the_page_knows_the_run(deployment)
     killed = [line for line in rounds(deployment.run) if line["num_examples"] < CLIENTS * 100]
     assert killed, "no round went without the killed client"
 
@@ -234,9 +259,10 @@ def devices_hold_no_key_but_their_own(deployment):
 
 def the_artefacts_are_on_the_host(run):
     assert [line["round"] for line in rounds(run)] == list(range(1, ROUNDS + 1))
-    certification = run / f"certification/round-{ROUNDS:04d}"
-    summary = json.loads((certification / "summary.json").read_text())
-    assert summary["num_images"] == 5
+    for number in range(1, ROUNDS + 1):
+        certification = run / f"certification/round-{number:04d}"
+        summary = json.loads((certification / "summary.json").read_text())
+        assert summary["num_images"] == 5
     for name in (
         run / "config.yaml",
         run / f"checkpoints/round-{ROUNDS:04d}.safetensors",
@@ -245,3 +271,11 @@ def the_artefacts_are_on_the_host(run):
         run / "curve.svg",
     ):
         assert name.stat().st_size > 0
+
+
+def the_page_knows_the_run(deployment):
+    address = f"http://127.0.0.1:{deployment.environment['FEDSMOOTH_PAGE']}"
+    with urllib.request.urlopen(f"{address}/runs/run", timeout=10) as answer:
+        assert f"{ROUNDS}" in answer.read().decode()
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+        assert "certif" in answer.read().decode()

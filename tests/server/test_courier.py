@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedsmooth_core.certification.row_format import COLUMNS, CertifiedRow
 from fedsmooth_core.certification.rows import RowFile, read_parameters, read_rows
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.checkpoint import load_checkpoint, save_checkpoint, state_sha256
@@ -23,12 +24,13 @@ from fedsmooth_core.errors import (
     ServiceError,
     ServiceUnreachableError,
 )
-from server import collection, courier
+from server import collection, courier, service_jobs
 from server.certification.client import Progress
 from server.certification.jobs import Job, JobState
 from server.certify import certify_checkpoint
 from server.cli import main
 from server.collection import BackgroundCourier, collect
+from server.configuration import compose
 from server.courier import Courier
 from server.federation import run_federation
 from server.owed import Delivery, failure_path, is_certified, is_filed, owed
@@ -83,7 +85,8 @@ class Service:
 
     def watch(self, key):
         job = self.get(key)
-        figures = {"certified_accuracy": [{"radius": 0.0, "accuracy": 0.4}]}
+        point = {"radius": 0.0, "accuracy": 0.4, "confidence_interval_95": [0.1, 0.9]}
+        figures = {"num_images": 5, "certified_accuracy": [point]}
         yield Progress(replace(job, images_done=2), [], figures, 3.0)
         self._answer()
         yield Progress(job, [], figures, 0.0)
@@ -96,11 +99,8 @@ class Service:
         save_checkpoint(path, self.states[key], metadata)
         rows = certify_checkpoint(path, self.config, self.folder / key, Console(quiet=True))
         found = read_rows(rows)
-        wanted = zip(
-            *(getattr(found, name).tolist() for name in courier_columns()),
-            strict=True,
-        )
-        kept = list(itertools.starmap(row_of, wanted))
+        columns = (getattr(found, name).tolist() for name in COLUMNS)
+        kept = list(itertools.starmap(CertifiedRow, zip(*columns, strict=True)))
         return kept[self.lost_rows :], job
 
     def work(self):
@@ -117,24 +117,12 @@ class Service:
             raise self.problem
 
 
-def courier_columns():
-    return ("idx", "label", "predict", "radius", "correct", "time")
-
-
-def row_of(*cells):
-    from fedsmooth_core.certification.row_format import CertifiedRow
-
-    return CertifiedRow(*cells)
-
-
 UNREACHABLE = ServiceUnreachableError("nobody is there", "UNAVAILABLE")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_overrides):
     """A run that trained while the service was away, and the words that it ended with."""
-    from server.configuration import compose
-
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = compose([*tiny_overrides, *EVERY, f"run_dir={folder}"])
     console = Console(file=io.StringIO(), width=1000)
@@ -234,8 +222,7 @@ def test_progress_is_shown_until_the_job_has_ended(collecting, service):
     threading.Timer(0.3, setattr, (service, "works", True)).start()
     said = collecting()
     assert "Certifying the model of round 3: 5 of 5" in said
-    assert "certified accuracy at radius 0: 40.0%" in said
-    assert "0 s left" in said
+    assert "certified accuracy at radius 0: 40.0% [10.0%, 90.0%]" in said
 
 
 def test_a_service_that_comes_back_is_asked_again(collecting, config, run, service):
@@ -368,7 +355,7 @@ def test_a_courier_that_died_while_it_filed_is_followed_by_another(
 
     with monkeypatch.context() as patch:
         if step == "extend":
-            patch.setattr(courier, "RowFile", Dying)
+            patch.setattr(service_jobs, "RowFile", Dying)
         else:
             patch.setattr(courier, step, die)
         with pytest.raises(Killed), Courier(config, run, connect=service.connect) as messenger:
