@@ -16,6 +16,7 @@ from client.node import NodeFacts
 from fedsmooth_core import wire
 from fedsmooth_core.certification.certify import certify
 from fedsmooth_core.certification.procedure import Procedure
+from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.config import PartitionConfig, TrainingPlan, to_flat
 from fedsmooth_core.data import ClientData, client_indices, load_dataset
 from fedsmooth_core.models import ModelSpec, build_model
@@ -105,6 +106,15 @@ def test_the_counts_of_a_linear_classifier_are_those_of_its_known_radii():
     counts = certified_counts(Linear(), own, order, 0, None, CPU)
     # One image lies on the boundary (no certificate), one is certified to be wrong.
     assert dict(counts) == {"num-examples": 5, "held-out": 5, "abstained": 1, "correct": [3, 2, 1]}
+
+
+def test_a_radius_that_is_reached_exactly_is_certified(monkeypatch):
+    rows = [CertifiedRow(0, 1, 1, 0.25, 1, 0.0), CertifiedRow(1, 1, 1, 0.0, 1, 0.0)]
+    monkeypatch.setattr("client.certification.certify_images", lambda *a, **k: iter(rows))
+    images = ClientData(torch.zeros(2, 1, 8, 8), torch.tensor([1, 1]), 1)
+    own = OwnImages(images, [0, 1], are_held_out=True)
+    counts = certified_counts(Linear(), own, Order(PROCEDURE, 2, [0.0, 0.25, 0.5]), 0, None, CPU)
+    assert counts["correct"] == [2, 1, 0]
 
 
 def test_a_client_counts_what_certifying_its_images_at_one_place_gives():
