@@ -187,11 +187,11 @@ class Engine:
 
     def _next_job(self) -> str | None:
         newest: dict[Hashable, tuple[int, str]] = {}
-        for key, submission in self._store.unfinished():
-            run: Hashable = ("run", submission.run) if submission.run else ("job", key)
+        for key, name, server_round in self._store.unfinished():
+            run: Hashable = ("run", name) if name else ("job", key)
             # Of one round the latest submission.
-            if run not in newest or submission.round >= newest[run][0]:
-                newest[run] = (submission.round, key)
+            if run not in newest or server_round >= newest[run][0]:
+                newest[run] = (server_round, key)
         if not newest:
             return None
         run = min(newest, key=lambda run: self._last_turn.get(run, 0))

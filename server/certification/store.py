@@ -50,12 +50,14 @@ _SCHEMA = (
         problem TEXT NOT NULL DEFAULT '',
         images_done INTEGER NOT NULL DEFAULT 0 CHECK (images_done BETWEEN 0 AND num_images),
         submitted_at REAL NOT NULL,
+        last_submission INTEGER,
         ended_at REAL,
         seconds REAL NOT NULL DEFAULT 0
     )
     """,
     "CREATE INDEX jobs_by_weights ON jobs (weights)",
     "CREATE INDEX jobs_by_state ON jobs (state)",
+    "CREATE INDEX jobs_by_submission ON jobs (last_submission)",
     """
     CREATE TABLE submissions (
         id INTEGER PRIMARY KEY,
@@ -189,6 +191,11 @@ class JobStore:
                 "INSERT INTO submissions (job, run, round) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
                 (number, submission.run, submission.round),
             )
+            connection.execute(
+                "UPDATE jobs SET last_submission = (SELECT max(id) FROM submissions WHERE job = ?)"
+                " WHERE id = ?",
+                (number, number),
+            )
         self._tell(key)
         return self._job(key)
 
@@ -211,7 +218,7 @@ class JobStore:
             {_JOB} WHERE (? = '' OR EXISTS
                 (SELECT 1 FROM submissions WHERE job = jobs.id AND run = ?))
             {f"AND state IN ({marks})" if states else ""}
-            ORDER BY (SELECT max(id) FROM submissions WHERE job = jobs.id) DESC LIMIT ?
+            ORDER BY last_submission DESC LIMIT ?
         """
         with self.reading() as connection:
             rows = connection.execute(query, (run, run, *states, limit)).fetchall()
@@ -223,15 +230,15 @@ class JobStore:
             rows = connection.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
         return dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in rows}
 
-    def unfinished(self) -> list[tuple[str, Submission]]:
-        """Return the key of each unfinished job with each of its submissions, oldest first."""
+    def unfinished(self) -> list[tuple[str, str, int]]:
+        """Return (key, run, round) of each submission of an unfinished job, oldest first."""
         query = f"""
             SELECT key, run, round FROM submissions JOIN jobs ON jobs.id = submissions.job
             WHERE {_UNFINISHED} ORDER BY submissions.id
         """
         with self.reading() as connection:
             rows = connection.execute(query).fetchall()
-        return [(row["key"], Submission(row["run"], row["round"])) for row in rows]
+        return [tuple(row) for row in rows]
 
     def rows(self, key: str, after: int = 0) -> list[CertifiedRow]:
         """Return a job's rows in the order of certification, without the first ``after``."""

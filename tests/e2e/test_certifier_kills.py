@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import socket
 import threading
 import time
@@ -31,7 +32,7 @@ from server.certification.store import JobStore
 pytestmark = pytest.mark.slow
 
 SPEC = ModelSpec("small_cnn", "he", 10, 1, 8, 8)
-KILLS = 12
+IMAGES_A_JOB = 50
 
 # Every process is forked from one that has imported all this: there is more to kill than imports. So
 # nothing is imported from flower_processes here.
@@ -84,7 +85,9 @@ def models():
     }
     for number, (name, submission) in enumerate(submissions.items()):
         method = "sequential" if name == "c1" else "fixed"
-        terms = JobTerms("digits", Procedure(n=500, method=method, seed=number), num_images=60)
+        terms = JobTerms(
+            "digits", Procedure(n=300, method=method, seed=number), num_images=IMAGES_A_JOB
+        )
         generator = torch.Generator().manual_seed(number)
         yield name, terms, submission, build_model(SPEC, [0.3], [0.4], generator).state_dict()
 
@@ -93,62 +96,93 @@ def rows_of(store, key):
     return [replace(row, time=0.0) for row in store.rows(key)]
 
 
+def turns_in(log):
+    """Return (job, indices) of each turn that a log knows of."""
+    turns = re.findall(r"^Job (\w+): certified images (\[.*\])\.$", log.read_text(), re.MULTILINE)
+    return [(key, ast.literal_eval(indices)) for key, indices in turns]
+
+
+def wait_until_it_listens(process, port):
+    while process.is_alive():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.01)
+
+
+def kill_after(process, port, log, num_turns, seconds):
+    """Kill a service some turns and some seconds after it began to listen."""
+    wait_until_it_listens(process, port)
+    before = len(turns_in(log))
+    while process.is_alive() and len(turns_in(log)) < before + num_turns:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.kill()
+
+
+def submit_next(port, waiting, accepted):
+    """Submit what waits first; what is not answered is submitted again, as a courier does."""
+    name, terms, submission, state = waiting[0]
+    with (
+        contextlib.suppress(ServiceUnreachableError),
+        CertificationClient(Connection(f"127.0.0.1:{port}", insecure=True)) as client,
+    ):
+        accepted[name] = client.submit(SPEC, terms, state, submission).key
+        del waiting[0]
+
+
 def test_killed_ten_times_the_service_finishes_every_job_once(tmp_path):
     moments = random.Random(0)
     port = free_port()
-    directory = tmp_path / "disturbed"
+    directory, log = tmp_path / "disturbed", tmp_path / "disturbed.log"
+    log.touch()
+    Datasets().test_set("digits")  # decoded once, for all processes
     waiting, accepted = list(models()), {}
-    unfinished_at_kills = []
+    kills_at_work, images_at_kills = 0, []
+    while len(images_at_kills) < 40 and (kills_at_work < 10 or waiting):
+        process = started(directory, port)
+        life = len(images_at_kills)
+        if life % 5 == 2:  # while it starts
+            time.sleep(moments.random())
+            process.kill()
+        else:
+            seconds = moments.choice([0.1, 0.5]) * moments.random()
+            num_turns = 0 if waiting else moments.randrange(4)
+            arguments = (process, port, log, num_turns, seconds)
+            threading.Thread(target=kill_after, args=arguments, daemon=True).start()
+            wait_until_it_listens(process, port)
+            for _ in range(2):
+                if waiting:
+                    submit_next(port, waiting, accepted)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"see {directory}.output"
+        with JobStore(directory) as store:
+            known = {job.key: job for job in store.jobs()}
+            assert known.keys() >= set(accepted.values())
+            unfinished = sum(not job.state.has_ended for job in known.values())
+            images_at_kills.append(sum(job.images_done for job in known.values()))
+            kills_at_work += unfinished > 0 and life % 5 != 2
+    assert kills_at_work >= 10, images_at_kills
+    assert not waiting
+    # The kills fell into work: some of it was done before, some after.
+    assert len(set(images_at_kills)) >= 5, images_at_kills
+    assert images_at_kills[-1] < 5 * IMAGES_A_JOB
+
+    process = started(directory, port)
+    wait_until_it_listens(process, port)
     with CertificationClient(Connection(f"127.0.0.1:{port}", insecure=True)) as client:
-        while True:
-            process = started(directory, port)
-            is_last = len(unfinished_at_kills) >= KILLS
-            if not is_last:
-                # Half of them while it starts, opens the store or takes a job.
-                killer = threading.Timer(
-                    moments.choice([0.3, 1.0, 2.0]) * moments.random(), process.kill
-                )
-                killer.start()
-            while process.is_alive():
-                # A submission that was not answered is submitted again, as a courier does.
-                with contextlib.suppress(ServiceUnreachableError):
-                    while waiting and (not accepted or len(unfinished_at_kills) > len(accepted)):
-                        name, terms, submission, state = waiting[0]
-                        accepted[name] = client.submit(SPEC, terms, state, submission).key
-                        del waiting[0]
-                    if is_last and not waiting:
-                        jobs = [client.get(key) for key in accepted.values()]
-                        if all(job.state.has_ended for job in jobs):
-                            process.terminate()
-                            process.join()
-                time.sleep(0.02)
-            process.join()
-            if is_last:
-                break
-            with JobStore(directory) as store:
-                known = {job.key for job in store.jobs()}
-                assert known >= set(accepted.values())
-                unfinished_at_kills.append(len(waiting) + len(store.unfinished()))
-    assert process.exitcode == 0
-    assert min(unfinished_at_kills) > 0
-    assert len(accepted) == 5
-
-    logged = Counter()
-    for line in (tmp_path / "disturbed.log").read_text().splitlines():
-        if turn := re.fullmatch(r"Job (\w+): certified images (\[.*\])\.", line):
-            logged.update((turn[1], idx) for idx in ast.literal_eval(turn[2]))
-    assert set(logged.values()) == {1}
-
+        for key in accepted.values():
+            while not client.get(key).state.has_ended:
+                time.sleep(0.05)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0, f"see {directory}.output"
     expected = undisturbed(tmp_path / "undisturbed")
     with JobStore(directory) as store:
         for name, key in accepted.items():
-            job = store.get(key)
-            assert (job.state, job.images_done) == (JobState.DONE, 60)
+            assert store.get(key).state is JobState.DONE
             assert rows_of(store, key) == expected[name]
-        num_rows = sum(len(store.rows(key)) for key in accepted.values())
-        # A kill can fall between a commit and its line in the log.
-        assert num_rows - sum(logged.values()) <= 60 * KILLS
-        assert num_rows == 5 * 60
+        logged = Counter((key, idx) for key, indices in turns_in(log) for idx in indices)
+        assert set(logged.values()) == {1}
 
 
 def undisturbed(directory):
@@ -160,7 +194,13 @@ def undisturbed(directory):
         keys = {}
         for name, terms, submission, state in models():
             job = Job(
-                SPEC, terms, state_sha256(state), info.fingerprint, info.class_names, "cpu", 60
+                SPEC,
+                terms,
+                state_sha256(state),
+                info.fingerprint,
+                info.class_names,
+                "cpu",
+                IMAGES_A_JOB,
             )
             data = safetensors.torch.save(dict(state))
             keys[name] = store.submit(job, data, submission, 100).key

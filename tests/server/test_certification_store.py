@@ -465,7 +465,7 @@ class Histories(RuleBasedStateMachine):
             assert self.store.rows(found[weights].key) == known["rows"]
             assert found[weights].images_done == len(known["rows"])
             assert (found[weights].ended_at is None) == (found[weights].state in UNFINISHED)
-        assert {key for key, _ in self.store.unfinished()} == {
+        assert {key for key, _, _ in self.store.unfinished()} == {
             one.key for one in found.values() if one.state in UNFINISHED
         }
 
