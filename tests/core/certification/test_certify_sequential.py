@@ -103,6 +103,25 @@ def test_forward_passes_are_well_filled_while_images_drop_out(batch_size):
     assert needed <= sum(sizes) < 1.1 * needed
 
 
+def test_an_image_alone_fills_forward_passes_too():
+    """What its next look leaves of a pass draws ahead for later looks."""
+    sizes = []
+    model = small_network(SHAPE)
+    model.register_forward_hook(lambda _, x, __: sizes.append(len(x[0])))
+    rows = rows_of(model, random_images(40, SHAPE), n=10_000)
+    last = max(rows, key=lambda row: row.n)
+    assert last.n == 10_000
+    sizes.clear()
+    alone = rows_of(model, random_images(40, SHAPE)[[last.idx]], indices=[last.idx], n=10_000)
+    assert untimed(alone) == untimed([last])
+    assert sum(sizes) <= 10_000 + 128 + 512
+    sizes.clear()
+    rows_of(
+        model, random_images(40, SHAPE)[[last.idx]], None, [last.idx], n=10_000, batch_size=4096
+    )
+    assert len(sizes) == 3
+
+
 def test_rows_come_before_all_images_are_done():
     forward_passes = []
     model = small_network(SHAPE)

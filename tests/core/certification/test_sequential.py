@@ -159,6 +159,14 @@ def test_hypotheses_are_rejected_in_ascending_order_and_stay_so():
     assert decided.tolist() == [False, True, True]
 
 
+def test_a_hypothesis_waits_for_those_below_it():
+    """That all of them have one alpha rests on this order, whatever the tables say."""
+    test = SequentialTest(0.25, 1000, 0.001, 0.25)
+    test.reject_from[0] = [100, 120, 90]
+    level, _ = test.decide(np.zeros(2, np.int64), np.zeros(2, np.int64), np.array([95, 110]))
+    assert level.tolist() == [0, 1]
+
+
 def test_the_last_look_takes_the_larger_of_both_radii():
     test = sequential_test(0.25, 1000, 0.001, 0.25)
     last = np.full(4, len(test.looks) - 1)
