@@ -302,6 +302,8 @@ class CertificationClient:
         status = code.name
         address = self._connection.address
         metadata = {item.key for item in error.trailing_metadata() or ()}
+        if RETRY in metadata:
+            return ServiceUnreachableError(details, status)
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServiceUnreachableError(
                 f"the certification service at {address} took too long: try again later.", status
@@ -314,8 +316,6 @@ class CertificationClient:
             )
         if code == grpc.StatusCode.UNIMPLEMENTED:
             details = f"what listens at {address} is no certification service of this version."
-        if RETRY in metadata:
-            return ServiceUnreachableError(details, status)
         return ServiceError(details or f"the certification service ended with {status}.", status)
 
     def _job(self, message: pb.Job) -> Job:
