@@ -22,6 +22,8 @@ class Limits(Section):
     """Jobs that have not ended."""
     max_images: int = setting(100_000, at_least(1))
     """Images of a job."""
+    max_image_size: int = setting(1024, at_least(1))
+    """Side in pixels that the images of a folder are resized to."""
     max_n: int = setting(1_000_000, at_least(1))
     """Draws for an image, n0 and n each."""
     max_images_per_call: int = setting(64, at_least(1))

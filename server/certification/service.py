@@ -58,12 +58,14 @@ class Service(CertificationServicer):  # type: ignore[misc]
         header = await self._uploads.header(requests)
         terms = terms_of(header.terms)
         submission = Submission(header.submission.run, header.submission.round)
-        self._check_limits(terms)
+        spec = spec_of(header.architecture)
+        self._check_limits(spec, terms)
         # Before the upload: what can be refused for its header is not received at all.
         test_set = await asyncio.to_thread(self._datasets.test_set, terms.dataset, terms.image_size)
-        spec = self._fitting(header, terms, test_set)
-        data = await self._uploads.content(requests, header.num_bytes)
-        job = await asyncio.to_thread(self._accept, data, spec, terms, test_set, submission)
+        self._check_fit(spec, terms, test_set, header.dataset_fingerprint)
+        async with self._uploads.place():
+            data = await self._uploads.content(requests, header.num_bytes)
+            job = await asyncio.to_thread(self._accept, data, spec, terms, test_set, submission)
         return job_message(job)
 
     async def Get(self, request: pb.JobRequest, context: Context) -> pb.Job:  # noqa: N802
@@ -131,8 +133,22 @@ class Service(CertificationServicer):  # type: ignore[misc]
             raise unknown_job(key)
         return job
 
-    def _check_limits(self, terms: JobTerms) -> None:
+    def _check_limits(self, spec: ModelSpec, terms: JobTerms) -> None:
         procedure, limits = terms.procedure, self._limits
+        # Before the images are opened: they would be decoded at this size.
+        side = terms.image_size
+        if side is not None and (spec.height, spec.width) != (side, side):
+            raise ServiceError(
+                f"image_size={side} makes images that the model does not take: its own are "
+                f"{spec.height}x{spec.width}.",
+                "INVALID_ARGUMENT",
+            )
+        if side is not None and side > limits.max_image_size:
+            raise ServiceError(
+                f"image_size={side} is more than the {limits.max_image_size} that this service resizes "
+                "images to: ask for less.",
+                "RESOURCE_EXHAUSTED",
+            )
         for name, value in (("n0", procedure.n0), ("n", procedure.n)):
             if value > limits.max_n:
                 raise ServiceError(
@@ -150,11 +166,11 @@ class Service(CertificationServicer):  # type: ignore[misc]
                 "INVALID_ARGUMENT",
             )
 
-    def _fitting(
-        self, header: pb.SubmitRequest.Header, terms: JobTerms, test_set: ArrayDataset
-    ) -> ModelSpec:
-        """Return what to build: of sizes that are those of images that are here, so not absurd."""
-        spec, info = spec_of(header.architecture), test_set.info
+    def _check_fit(
+        self, spec: ModelSpec, terms: JobTerms, test_set: ArrayDataset, fingerprint: str
+    ) -> None:
+        """Before a model is built: its sizes are those of images that are here, so not absurd."""
+        info = test_set.info
         sizes = (spec.channels, spec.height, spec.width)
         if sizes != info.shape or spec.num_classes != info.num_classes:
             raise ServiceError(
@@ -163,10 +179,10 @@ class Service(CertificationServicer):  # type: ignore[misc]
                 "it was trained for.",
                 "INVALID_ARGUMENT",
             )
-        if header.dataset_fingerprint not in ("", info.fingerprint):
+        if fingerprint not in ("", info.fingerprint):
             raise ServiceError(
                 f"this service has other images under the name {terms.dataset!r} (fingerprint "
-                f"{info.fingerprint[:12]}) than the submitter ({header.dataset_fingerprint[:12]}): give it "
+                f"{info.fingerprint[:12]}) than the submitter ({fingerprint[:12]}): give it "
                 "the same data set, or certify elsewhere.",
                 "FAILED_PRECONDITION",
             )
@@ -180,7 +196,6 @@ class Service(CertificationServicer):  # type: ignore[misc]
                 "certifies in a job: ask for fewer.",
                 "RESOURCE_EXHAUSTED",
             )
-        return spec
 
     def _accept(
         self,

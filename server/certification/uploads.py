@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fedsmooth_core.errors import ServiceError, ServiceUnreachableError
 from server.certification import certification_pb2 as pb
@@ -41,17 +42,16 @@ class Uploads:
             )
         return first.header
 
-    async def content(self, requests: AsyncIterator[pb.SubmitRequest], announced: int) -> bytes:
-        """Read all other messages, and return the file.
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Hold one of the places while a model is in memory.
 
         Raises:
-            ServiceError: if more or fewer bytes come than the header announced, or another header.
-            ServiceUnreachableError: if they come too slowly, or no place is free.
+            ServiceUnreachableError: if none is free for ``stall_seconds``.
         """
-        stall = self._limits.stall_seconds
         try:
             # While it waits it reads nothing: what the caller has sent stays at the caller's.
-            async with asyncio.timeout(stall):
+            async with asyncio.timeout(self._limits.stall_seconds):
                 await self._places.acquire()
         except TimeoutError:
             raise ServiceUnreachableError(
@@ -59,11 +59,17 @@ class Uploads:
                 "RESOURCE_EXHAUSTED",
             ) from None
         try:
-            return await self._receive(requests, announced)
+            yield
         finally:
             self._places.release()
 
-    async def _receive(self, requests: AsyncIterator[pb.SubmitRequest], announced: int) -> bytes:
+    async def content(self, requests: AsyncIterator[pb.SubmitRequest], announced: int) -> bytes:
+        """Read all other messages, and return the file.
+
+        Raises:
+            ServiceError: if more or fewer bytes come than the header announced, or another header.
+            ServiceUnreachableError: if they come too slowly.
+        """
         clock = asyncio.get_running_loop().time
         started, received = clock(), bytearray()
         while True:

@@ -21,6 +21,7 @@ from server.certification.certification_pb2_grpc import CertificationStub
 from server.certification.jobs import JobTerms, Submission
 from server.certification.limits import Limits
 from server.certification.messages import architecture_message, terms_message
+from server.certification.store import StorageError
 
 LIMITS = Limits(
     max_model_bytes=300_000,
@@ -214,6 +215,7 @@ def test_impossible_terms_are_refused_before_the_upload(stub, changes):
         (terms(num_images=100_000), "INVALID_ARGUMENT", "num_images"),
         (JobTerms("flags", terms().procedure), "FAILED_PRECONDITION", "digits"),
         (JobTerms("digits", terms().procedure, image_size=8), "FAILED_PRECONDITION", "image_size"),
+        (JobTerms("digits", terms().procedure, image_size=9), "INVALID_ARGUMENT", "image_size"),
     ],
     ids=str,
 )
@@ -222,6 +224,24 @@ def test_what_the_service_has_not_or_does_not_do_is_refused(client, job_terms, s
         client.submit(SPEC, job_terms, DATA)
     assert refused.value.status == status
     assert not isinstance(refused.value, ServiceUnreachableError)
+
+
+def test_images_are_not_resized_to_absurd_sizes(client):
+    vast = dataclasses.replace(SPEC, name="resnet20", height=100_000, width=100_000)
+    wanted = JobTerms("digits", terms().procedure, image_size=100_000)
+    with pytest.raises(ServiceError, match="1024") as refused:
+        client.submit(vast, wanted, DATA)
+    assert refused.value.status == "RESOURCE_EXHAUSTED"
+
+
+def test_a_disk_that_refuses_is_unavailable_and_may_be_tried_again(service, client, monkeypatch):
+    def full(*arguments):
+        raise StorageError("a file of the service cannot be used now (database or disk is full).")
+
+    monkeypatch.setattr(service.store, "submit", full)
+    with pytest.raises(ServiceUnreachableError, match="cannot use its directory") as refused:
+        client.submit(SPEC, terms(), DATA)
+    assert refused.value.status == "UNAVAILABLE"
 
 
 def test_other_images_than_the_submitter_means_are_refused(client):
