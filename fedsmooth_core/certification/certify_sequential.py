@@ -217,9 +217,9 @@ class _Drawing:
         for block in self._blocks:
             self.flights[block.image].seconds += seconds / len(self._blocks)
 
-    def land(self) -> list[_Flight]:
+    def land(self) -> set[_Flight]:
         """Look at every image that is drawn far enough; return the decided, who take no more part."""
-        landed: list[_Flight] = []
+        landed: set[_Flight] = set()
         due = [flight for flight in self.flights if not self._wanted(flight)]
         while due:
             for flight in due:
@@ -231,7 +231,7 @@ class _Drawing:
                 flight.level = int(level[i])
                 if is_decided[i]:
                     flight.radius, flight.is_certified = float(radius[i]), bool(is_certified[i])
-                    landed.append(flight)
+                    landed.add(flight)
                 else:
                     flight.look += 1
             due = [

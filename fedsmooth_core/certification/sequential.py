@@ -163,11 +163,12 @@ def log_e_value(count: ArrayLike, n: ArrayLike, z: ArrayLike) -> NDArray[np.floa
         z: standard deviations, >= 0: a radius over sigma. All three broadcast.
 
     Returns:
-        float64; -inf where nothing of the likelihood lies beyond t.
+        float64; -inf where so little of the likelihood lies beyond t that no number says it. There
+        count / n < t, and the true value is below 0.
     """
     k, m, z = np.asarray(count), np.asarray(n), np.asarray(z, dtype=np.float64)
     above = ndtr(-z)
-    with np.errstate(divide="ignore"):  # the log of an underflow: such a count speaks for p <= t
+    with np.errstate(divide="ignore"):
         log_posterior = np.log(betainc(m - k + 0.5, k + 0.5, above))
     log_prior = betaln(0.5, 0.5) + np.log(betainc(0.5, 0.5, above))
     log_null = k * log_ndtr(z) + (m - k) * log_ndtr(-z)
