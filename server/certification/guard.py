@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,6 +21,9 @@ _log = logging.getLogger(__name__)
 _HEALTH = "/grpc.health.v1.Health/"
 _LONGEST = 600  # characters of a sentence: what a caller wrote may be quoted in it
 _RETRY = ((RETRY, "10"),)
+
+CALLER: ContextVar[str] = ContextVar("caller")
+"""Whose token the call under way came with, and from where: for the log."""
 
 # gRPC's classes are generic for type checkers alone.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
@@ -87,7 +91,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _refusing(self, method: str, refusal: ServiceError) -> Handler:
         async def refuse(requests: object, context: Context) -> None:
-            async with self._answering(context, method, "a caller"):
+            async with self._answering(context, method, "somebody"):
                 raise refusal
 
         # Whatever kind of call it is: no request is read, and no response is sent.
@@ -124,7 +128,9 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _answering(self, context: Context, method: str, caller: str) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None
+        name = method.rpartition("/")[2]
         self._active.add(task)
+        CALLER.set(f"{caller} at {context.peer()}")
         status = "OK"
         try:
             try:
@@ -141,13 +147,13 @@ class Guard(grpc.aio.ServerInterceptor):
         except Exception as error:
             status, sentence, trailing = _verdict(error)
             if status == "INTERNAL":
-                _log.error("%s for %s failed", method, caller, exc_info=error)
+                _log.error("%s for %s failed", name, CALLER.get(), exc_info=error)
             else:
-                _log.info("refused %s for %s: %s: %s", method, caller, status, sentence)
+                _log.info("refused %s for %s: %s: %s", name, CALLER.get(), status, sentence)
             await context.abort(grpc.StatusCode[status], sentence, trailing)
         finally:
             self._active.discard(task)
-            self._count(method.rpartition("/")[2], status)
+            self._count(name, status)
 
 
 def _verdict(error: Exception) -> tuple[str, str, tuple[tuple[str, str], ...]]:

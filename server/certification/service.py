@@ -17,7 +17,7 @@ from server.certification.certification_pb2_grpc import CertificationServicer
 from server.certification.datasets import Datasets
 from server.certification.engine import Engine
 from server.certification.feeds import MAX_RADII, Feeds, figures_of, unknown_job
-from server.certification.guard import Context
+from server.certification.guard import CALLER, Context
 from server.certification.jobs import Job, JobTerms, Submission
 from server.certification.limits import Limits
 from server.certification.messages import (
@@ -101,7 +101,9 @@ class Service(CertificationServicer):  # type: ignore[misc]
     async def Cancel(self, request: pb.JobRequest, context: Context) -> pb.Job:  # noqa: N802
         await self._job(request.key)
         job = await asyncio.to_thread(self._store.cancel, request.key)
-        _log.info("%s: %s after %d images", job.key[:12], job.state, job.images_done)
+        _log.info(
+            "Job %s: %s by %s after %d images.", job.key, job.state, CALLER.get(), job.images_done
+        )
         return job_message(job)
 
     async def Fetch(  # noqa: N802
@@ -223,7 +225,14 @@ class Service(CertificationServicer):  # type: ignore[misc]
         )
         of = f" of round {submission.round} of {submission.run}" if submission.run else ""
         _log.info(
-            "%s: accepted a %s%s for %d images of %s at sigma %g; it is %s",
-            job.key[:12], spec.name, of, job.num_images, terms.dataset, terms.procedure.sigma, job.state,
-        )  # fmt: skip
+            "Job %s: a %s%s for %d images of %s at sigma %g, from %s; it is %s.",
+            job.key,
+            spec.name,
+            of,
+            job.num_images,
+            terms.dataset,
+            terms.procedure.sigma,
+            CALLER.get(),
+            job.state,
+        )
         return job

@@ -93,7 +93,10 @@ def test_a_drained_service_ends_well_and_the_next_one_goes_on(start, tmp_path):
         stopped.join()
     assert statuses == [0]
     text = "".join(service.said)
-    assert "accepted a small_cnn of round 1 of run for 12 images of digits" in text
+    assert (
+        ": a small_cnn of round 1 of run for 12 images of digits at sigma 0.25, from anybody at"
+        in text
+    )
     assert "The service ends." in text
     assert "Traceback" not in text
     service = start()

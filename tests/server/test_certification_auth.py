@@ -82,11 +82,15 @@ def _refused(service, **connection):
     return str(refused.value)
 
 
-def test_a_token_lets_in_until_its_line_is_removed(guarded, tmp_path):
+def test_a_token_lets_in_until_its_line_is_removed(guarded, tmp_path, caplog):
+    caplog.set_level("INFO", "server.certification")
     service, tokens = guarded
     path = _token(tokens, tmp_path)
     with service.client(token_file=path) as client:
         assert client.jobs() == []
+        with pytest.raises(ServiceError, match="no job"):
+            client.get("a")
+        assert "refused Get for me at ipv4:127.0.0.1:" in caplog.text
         lines = tokens.read_text().splitlines()
         tokens.write_text("".join(f"{line}\n" for line in lines if not line.startswith("me ")))
         with pytest.raises(ServiceError, match="unknown or revoked"):
