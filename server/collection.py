@@ -12,10 +12,20 @@ from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import CertificationError, FedSmoothError, ServiceError
 from server.certify import find_checkpoint
 from server.courier import POLL_SECONDS, Courier
-from server.owed import CURVE, ROWS, due, failure_path, failures, last_filed, owed, rounds_text
+from server.owed import (
+    CURVE,
+    ROWS,
+    due,
+    failure_path,
+    failures,
+    is_certified,
+    last_filed,
+    owed,
+    rounds_text,
+)
 from server.progress import counting
 from server.recorder import RoundRecord, TrainedRound
-from server.report import show
+from server.report import report
 from server.run_directory import RunDirectory
 from server.service_jobs import progress_note
 from server.terms import procedure_of, refuse_other_terms
@@ -88,8 +98,8 @@ def collect(
         config: the run's settings, with a service.
         run: its directory.
         console: shows progress, table, and what is still owed.
-        patience: seconds without an answer of the service after which what it owes is left for later; None
-            waits for a service that does not answer, and raises what somebody has to mend.
+        patience: seconds of nothing but trouble after which what is owed is left for later; None waits
+            for a service that does not answer, and raises what somebody has to mend.
         also: rounds that are wanted although they are not due.
 
     Raises:
@@ -101,11 +111,15 @@ def collect(
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     told = ""
+    known: list[int] = []
+    since: float | None = None  # when the trouble began
     with Courier(config, run, also) as courier:
-        while courier.owed():
+        while rounds := courier.owed():
+            if rounds != known:  # something has come
+                known, since = rounds, None
             try:
                 if courier.deliver():
-                    told = ""
+                    told, since = "", None
                     for newest in courier.owed()[:1]:
                         _show_job(courier, newest, console)
                     continue
@@ -119,8 +133,8 @@ def collect(
             if problem != told:
                 say(f"Waiting for certificates: {problem}")
                 told = problem
-            waited = time.monotonic() - courier.answered
-            if is_final or (patience is not None and waited > patience):
+            since = since or time.monotonic()
+            if is_final or (patience is not None and time.monotonic() - since >= patience):
                 break
             time.sleep(pause)
     _report(config, run, also, console, told)
@@ -147,8 +161,11 @@ def _report(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    if last_filed(run) is not None:
-        show([run.path], run.path / CURVE, config.certification.radius_step, console)
+    if (last := last_filed(run)) is not None:
+        # Drawn already, unless a courier was killed over it.
+        picture = None if is_certified(run, last) else run.path / CURVE
+        report([run.path], picture, config.certification.radius_step, as_json=False)
+        say(f"Picture: {run.path / CURVE}.png")
     wanted = sorted({*due(run, config), *also})
     given_up = failures(run, wanted)
     for server_round, why in given_up.items():

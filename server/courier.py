@@ -78,8 +78,6 @@ class Courier:
         self._noted = 0.0
         self._pause = _FIRST_PAUSE
         self._stopped = threading.Event()
-        self.answered = time.monotonic()
-        """When the service gave its last answer."""
 
     def owed(self) -> list[int]:
         """Return the rounds whose certificates are still to come, newest first."""
@@ -113,7 +111,6 @@ class Courier:
         if (key := self._keys.get(server_round)) is None:
             return
         for progress in self._service().watch(key):
-            self.answered = time.monotonic()
             self._note_progress(server_round, progress.job)
             yield progress
 
@@ -184,7 +181,6 @@ class Courier:
                 path = self._run.checkpoint(server_round)
                 job = submit_checkpoint(client, path, self._config, submission)
                 self._keys[server_round] = job.key
-            self.answered = time.monotonic()
             self._note_progress(server_round, job)
             if job.state is JobState.DONE:
                 self._file(client, server_round, job)

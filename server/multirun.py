@@ -9,7 +9,7 @@ from rich.console import Console
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import ConfigError, TrainingError
 from server.configuration import compose, sweep
-from server.report import show
+from server.report import ROWS_IN_RUN, show
 
 
 def run_sweep(
@@ -56,8 +56,10 @@ def run_sweep(
             paths.append(run(config))
         except TrainingError as error:  # such as a learning rate that diverges: the others may not
             console.print(f"Run {number} failed: {error}", soft_wrap=True, markup=False)
-    if paths and configs[0].certification.at_end:
-        show(paths, root / "curve", configs[0].certification.radius_step, console)
+    # A certification service may still owe some of them.
+    certified = [path for path in paths if any(path.glob(ROWS_IN_RUN))]
+    if certified and configs[0].certification.at_end:
+        show(certified, root / "curve", configs[0].certification.radius_step, console)
     if len(paths) < len(configs):
         failed = len(configs) - len(paths)
         raise TrainingError(f"{failed} of the sweep's {len(configs)} runs failed, as said above.")

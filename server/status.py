@@ -14,7 +14,7 @@ from rich.text import Text
 from fedsmooth_core.config import RunConfig
 from server import configuration
 from server.conduct import Conduct
-from server.owed import Delivery, failure_path, is_certified, owed, rounds_text
+from server.owed import Delivery, due, failure_path, failures, is_certified, owed, rounds_text
 from server.report import ROWS_IN_RUN, Curve, load_curve, print_table, table_radii
 from server.run_directory import RunDirectory
 
@@ -60,6 +60,8 @@ class Status:
     """Of the last round that has any."""
     certification_failure: str | None
     """Why the final model was given up."""
+    given_up: dict[int, str]
+    """By round, why the certification service does not certify a model."""
     owed: list[int]
     """Rounds that the certification service owes certificates of, newest first."""
     delivery: Delivery
@@ -97,6 +99,7 @@ def read_status(path: Path) -> Status:
         _clients(config, run, rounds, completed),
         len(curves[-1].rows) if curves else 0,
         failure.read_text().strip() if failure.is_file() else None,
+        failures(run, due(run, config)),
         owed(run, config),
         Delivery.read(run),
     )
@@ -134,9 +137,11 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
     if curves:
         radius_step = configuration.load(path).certification.radius_step
         print_table(curves, table_radii(curves, radius_step), console)
-    if status.owed:
-        for line in _owed(status):
-            say(line)
+    for server_round, why in status.given_up.items():
+        if server_round != status.num_rounds:
+            say(f"The model of round {server_round} is not certified: {why}")
+    for line in _owed(status):
+        say(line)
     if status.certification_failure:
         say(f"The certification failed: {status.certification_failure}")
     elif status.state != "finished":
@@ -195,6 +200,8 @@ def _curves(path: Path) -> list[Curve]:
 
 def _owed(status: Status) -> list[str]:
     """Say what the service owes, how far it is, and why nothing comes if nothing does."""
+    if not status.owed:
+        return []
     lines = [f"The certification service owes the certificates of {rounds_text(status.owed)}."]
     for server_round, (done, total) in status.delivery.under_way.items():
         lines.append(f"Round {server_round}: {done} of {total} images are certified there.")

@@ -201,6 +201,10 @@ def test_containers_train_and_certify_though_a_client_is_killed(deployment):
     assert deployment.num_rounds() == 1
 
     deployment.wait_for(lambda: deployment.num_certified() == 1, patience=120)
+    health = deployment.docker(
+        "inspect", "--format", "{{.State.Health.Status}}", deployment.container("certifier")
+    )
+    assert health.strip() == "healthy"
     deployment.compose("stop", "certifier")
 
     devices_reach_nothing_but_the_fleet_api(deployment)
