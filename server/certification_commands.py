@@ -499,7 +499,8 @@ def _answers_here(options: argparse.Namespace) -> list["Answer"]:
     path = find_checkpoint(options.checkpoint)
     checkpoint = load_checkpoint(path)
     spec, _ = described(checkpoint, path)
-    names = checkpoint.metadata["dataset"]["class_names"]
+    numbers = [str(label) for label in range(spec.num_classes)]
+    names = checkpoint.metadata["dataset"].get("class_names", numbers)
     config = with_overrides(checkpoint.metadata.get("config"), [], str(path.with_suffix(".json")))
     device = choose_device(options.device)
     model = load_model(checkpoint).to(device)

@@ -1,13 +1,14 @@
 """Between the messages of certification.proto and the project's own types, both ways."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedsmooth_core.certification.procedure import Procedure
 from fedsmooth_core.certification.row_format import CertifiedRow
+from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.models import ModelSpec
 from server.certification import certification_pb2 as pb
 from server.certification.jobs import Job, JobState, JobTerms, Submission
@@ -94,9 +95,18 @@ def terms_of(message: pb.Terms) -> JobTerms:
     )
 
 
-def states_of(states: Iterable[pb.JobState]) -> list[JobState]:
-    """Read states; numbers that are none are left out."""
-    return [_STATE_OF[state] for state in states if state in _STATE_OF]
+def states_of(states: Collection[pb.JobState]) -> list[JobState]:
+    """Read states.
+
+    Raises:
+        ConfigError: for a number that is none.
+    """
+    unknown = [state for state in states if state not in _STATE_OF]
+    if unknown:
+        raise ConfigError(
+            f"states={unknown[0]} is no state of a job: see JobState for those that are."
+        )
+    return [_STATE_OF[state] for state in states]
 
 
 def state_messages(states: Iterable[JobState]) -> list[pb.JobState]:

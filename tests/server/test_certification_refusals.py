@@ -368,6 +368,13 @@ def test_unknown_jobs_are_not_found(client, stub, key):
     assert refused.value.status == "NOT_FOUND"
 
 
+@pytest.mark.parametrize("state", [0, 99])
+def test_a_state_that_is_none_is_not_every_state(stub, state):
+    status, sentence = _refusal(stub.List, pb.ListRequest(states=[state]))
+    assert status == "INVALID_ARGUMENT"
+    assert f"states={state}" in sentence
+
+
 @pytest.mark.parametrize("method", ["Get", "List", "Predict", "Watch"])
 def test_bytes_that_are_no_message_are_refused(service, method):
     with grpc.insecure_channel(service.address) as channel:
