@@ -143,7 +143,7 @@ def job_of(message: pb.Job) -> Job:
     Raises:
         ConfigError: when it is none of this version.
     """
-    ended = message.ended_at.ToNanoseconds() / 1e9 if message.HasField("ended_at") else None
+    ended = _seconds(message.ended_at) if message.HasField("ended_at") else None
     return Job(
         spec=spec_of(message.architecture),
         terms=terms_of(message.terms),
@@ -156,7 +156,7 @@ def job_of(message: pb.Job) -> Job:
         state=_STATE_OF.get(message.state, JobState.FAILED),
         problem=message.problem,
         images_done=message.images_done,
-        submitted_at=message.submitted_at.ToNanoseconds() / 1e9,
+        submitted_at=_seconds(message.submitted_at),
         ended_at=ended,
         seconds=message.seconds,
     )
@@ -241,6 +241,12 @@ def _or_none(value: float) -> float | None:
 
 
 def _timestamp(seconds: float) -> Timestamp:
+    # Apart: as nanoseconds since the epoch a float would lose its last digits.
+    whole = math.floor(seconds)
     stamp = Timestamp()
-    stamp.FromNanoseconds(round(seconds * 1e9))
+    stamp.FromNanoseconds(whole * 10**9 + round((seconds - whole) * 1e9))
     return stamp
+
+
+def _seconds(stamp: Timestamp) -> float:
+    return stamp.seconds + stamp.nanos / 1e9

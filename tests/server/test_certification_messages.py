@@ -53,9 +53,9 @@ jobs = st.builds(
     state=st.sampled_from(JobState),
     problem=st.text(),
     images_done=count,
-    # Microseconds are what a timestamp keeps of a float of today.
-    submitted_at=st.integers(0, 2**40).map(lambda n: n / 256),
-    ended_at=st.none() | st.integers(0, 2**40).map(lambda n: n / 256),
+    # Of this time, a float holds fewer digits than a timestamp.
+    submitted_at=st.floats(1e9, 1e10),
+    ended_at=st.none() | st.floats(1e9, 1e10),
     seconds=st.floats(0, 1e9),
 )
 
