@@ -125,14 +125,15 @@ class CertificationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """The smoothed classifier's labels for images (Cohen et al., PREDICT).
+        """The smoothed classifier's labels for images (Cohen et al., PREDICT), in the precision of the model's job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Certify(self, request, context):
-        """The smoothed classifier's labels with the radius that provably keeps each (Cohen et al., CERTIFY).
+        """The smoothed classifier's labels with the radius that provably keeps each (Cohen et al., CERTIFY); in the
+        precision of the model's job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

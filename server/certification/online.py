@@ -190,8 +190,9 @@ class Online:
         gone = threading.Event()
 
         def run() -> T:
-            # Online answers are in float32: a job's precision is about its own rows.
-            model = self._engine.loaded(job.weights, job.spec, "float32")
+            # As it is certified, so it serves: in another precision it is another classifier.
+            precision = job.terms.procedure.precision
+            model = self._engine.loaded(job.weights, job.spec, precision)
             return work(_Abandonable(model, gone))
 
         self._waiting += 1

@@ -160,8 +160,9 @@ def test_a_model_that_cannot_be_certified_fails_with_a_sentence(client):
     assert refused.value.status == "FAILED_PRECONDITION"
 
 
-def test_the_smoothed_classifier_answers(client):
-    job = client.submit(SPEC, terms(), weights(7))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_smoothed_classifier_answers(client, precision):
+    job = client.submit(SPEC, terms(precision=precision), weights(7))
     for model in (job.key, job.weights):
         predicted = client.predict(model, IMAGES, n=300, alpha=0.01, seed=3)
         assert predicted == client.predict(model, IMAGES, n=300, alpha=0.01, seed=3)
@@ -181,7 +182,7 @@ def test_the_smoothed_classifier_answers(client):
         torch.zeros(3, dtype=torch.int64),
         range(3),
         max_value=255,
-        procedure=terms(n0=20, n=300, alpha=0.01, seed=3).procedure,
+        procedure=terms(n0=20, n=300, alpha=0.01, seed=3, precision=precision).procedure,
         batch_size=512,
         device="cpu",
     )
