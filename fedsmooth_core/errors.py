@@ -25,6 +25,10 @@ class CertificationError(FedSmoothError):
     """A certification cannot start, continue, or be read back."""
 
 
+class RowsInUseError(CertificationError):
+    """Another process writes a file of rows now: the same may succeed later."""
+
+
 class NodeError(FedSmoothError):
     """A device cannot join its federation, or is no member any more."""
 

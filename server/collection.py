@@ -9,7 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.errors import CertificationError, FedSmoothError, ServiceError
+from fedsmooth_core.errors import (
+    CertificationError,
+    FedSmoothError,
+    RowsInUseError,
+    ServiceError,
+)
 from server.certify import find_checkpoint
 from server.courier import POLL_SECONDS, Courier
 from server.owed import (
@@ -127,7 +132,7 @@ def collect(
                 pause, is_final = POLL_SECONDS, False
             except (FedSmoothError, OSError) as error:
                 problem, pause = str(error), courier.trouble(error)
-                is_final = not isinstance(error, ServiceError) or error.status in _TO_BE_MENDED
+                is_final = _is_final(error)
                 if is_final and patience is None:
                     raise
             if problem != told:
@@ -138,6 +143,13 @@ def collect(
                 break
             time.sleep(pause)
     _report(config, run, also, console, told)
+
+
+def _is_final(error: Exception) -> bool:
+    """Tell whether waiting is in vain until somebody mends it."""
+    if isinstance(error, ServiceError):
+        return error.status in _TO_BE_MENDED
+    return not isinstance(error, RowsInUseError)
 
 
 def _show_job(courier: Courier, server_round: int, console: Console) -> None:

@@ -19,6 +19,7 @@ from fedsmooth_core.durable import try_lock, write_atomically
 from fedsmooth_core.errors import (
     CertificationError,
     CheckpointError,
+    RowsInUseError,
     ServiceError,
     ServiceUnreachableError,
 )
@@ -87,17 +88,24 @@ class Courier:
         """Submit what is owed, newest first, and file what is done; False while another courier works.
 
         Raises:
+            RowsInUseError: when another process writes the rows of a model; the others are filed by then.
             FedSmoothError: when the service does not answer, or lets nobody in. What concerns one model
                 alone is recorded as the reason why that one is given up.
             OSError: when the directory cannot be written.
         """
         if not self._has_lock():
             return False
+        in_use: RowsInUseError | None = None
         for server_round in self.owed():
             if self._stopped.is_set():
                 return True
-            self._advance(server_round)
+            try:
+                self._advance(server_round)
+            except RowsInUseError as error:
+                in_use = error
         self._redraw()
+        if in_use is not None:
+            raise in_use
         self._note(None)
         self._pause = _FIRST_PAUSE
         return True
@@ -192,6 +200,8 @@ class Courier:
             if isinstance(error, ServiceUnreachableError) or error.status not in _FINAL:
                 raise
             self._give_up(server_round, str(error))
+        except RowsInUseError:
+            raise
         except (CheckpointError, CertificationError) as error:
             self._give_up(server_round, str(error))
 

@@ -17,7 +17,7 @@ from fedsmooth_core.certification.row_format import (
     read_rows,
 )
 from fedsmooth_core.durable import sync_folder, try_lock, write_atomically
-from fedsmooth_core.errors import CertificationError
+from fedsmooth_core.errors import CertificationError, RowsInUseError
 
 __all__ = ["Parameters", "RowFile", "Rows", "parameters_path", "read_parameters", "read_rows"]
 
@@ -74,7 +74,8 @@ class RowFile:
 
     Raises:
         CertificationError: if the rows were made with other or unknown parameters, another process
-            is writing them, or the file is not one of rows. The file is then as it was.
+            is writing them (then a :class:`~fedsmooth_core.errors.RowsInUseError`), or the file is not
+            one of rows. The file is then as it was.
     """
 
     done: set[int]
@@ -142,7 +143,7 @@ class RowFile:
 
     def _lock(self) -> None:
         if not try_lock(self._file):
-            raise CertificationError(
+            raise RowsInUseError(
                 f"{self._path} is being written by another process: wait until it ends, or stop it."
             )
 

@@ -393,6 +393,19 @@ def test_rows_of_other_terms_are_not_mixed_in(collecting, config, run, service):
     assert "n (101 there, 100 now)" in failure_path(run, 2).read_text()
 
 
+def test_rows_that_another_process_writes_are_waited_for(collecting, config, run):
+    checkpoint = load_checkpoint(run.checkpoint(2))
+    terms = service_jobs.procedure_of(config).terms
+    parameters = {"weights": state_sha256(checkpoint.state), **terms}
+    with RowFile(run.certification(2) / "rows.tsv", parameters):
+        said = collecting(patience=0.05)
+        assert "is being written by another process" in said
+        assert owed(run, config) == [2]  # the others are not kept by it
+        assert not failure_path(run, 2).exists()
+    collecting()
+    assert owed(run, config) == []
+
+
 def test_a_service_that_sends_too_few_rows_is_asked_again(collecting, config, run, service):
     service.lost_rows = 1
     assert "4 of 5 rows" in collecting(patience=0.02)
