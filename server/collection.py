@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedsmooth_core.checkpoint import load_checkpoint
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import (
     CertificationError,
+    CheckpointError,
     FedSmoothError,
     RowsInUseError,
     ServiceError,
@@ -33,7 +35,7 @@ from server.recorder import RoundRecord, TrainedRound
 from server.report import report
 from server.run_directory import RunDirectory
 from server.service_jobs import progress_note
-from server.terms import procedure_of, refuse_other_terms
+from server.terms import refuse_other_terms, terms_at_service
 
 # Nothing comes before somebody mends it, but then all that is owed does.
 _TO_BE_MENDED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")
@@ -179,7 +181,7 @@ def _report(
         report([run.path], picture, config.certification.radius_step, as_json=False)
         say(f"Picture: {run.path / CURVE}.png")
     wanted = sorted({*due(run, config), *also})
-    given_up = failures(run, wanted)
+    given_up = failures(run)
     for server_round, why in given_up.items():
         if server_round != wanted[-1]:
             say(f"The model of round {server_round} is not certified: {why}")
@@ -210,9 +212,13 @@ def collect_run(path: Path, config: RunConfig, console: Console) -> None:
     run = RunDirectory(path.expanduser().resolve())
     latest = find_checkpoint(path)
     also = [int(latest.stem.rpartition("-")[2])]
+    try:
+        metadata = load_checkpoint(latest).metadata
+    except CheckpointError:  # the courier gives it up, and takes the others
+        metadata = {}
+    terms = terms_at_service(config, metadata)
     for server_round in {*due(run, config), *also}:
-        rows = run.certification(server_round) / ROWS
-        refuse_other_terms(rows, dict(procedure_of(config).terms))
+        refuse_other_terms(run.certification(server_round) / ROWS, terms)
     forget_failures(config, run, also)
     collect(config, run, console, also=also)
 

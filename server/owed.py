@@ -1,5 +1,6 @@
 """Which certificates a run has, and which its certification service still owes it: its directory tells."""
 
+import functools
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -30,13 +31,21 @@ def is_filed(run: RunDirectory, server_round: int) -> bool:
     return (folder / ROWS).is_file() and (folder / SUMMARY).is_file()
 
 
+def filed(run: RunDirectory) -> list[int]:
+    """Return the rounds whose certificates are complete, in ascending order."""
+    return [number for number in sorted(_rounds_with(run, SUMMARY)) if is_filed(run, number)]
+
+
+def _rounds_with(run: RunDirectory, name: str) -> list[int]:
+    """Return the rounds with a file of this name among their certificates."""
+    found = (run.path / CERTIFICATION).glob(f"round-*/{name}")
+    numbers = [path.parent.name.removeprefix("round-") for path in found]
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
 def last_filed(run: RunDirectory) -> int | None:
     """Return the last round with any certificates, if those are complete."""
-    rounds = [
-        int(path.parent.name.rpartition("-")[2])
-        for path in (run.path / CERTIFICATION).glob(f"round-*/{ROWS}")
-    ]
-    last = max(rounds, default=None)
+    last = max(_rounds_with(run, ROWS), default=None)
     return last if last is not None and is_filed(run, last) else None
 
 
@@ -52,16 +61,45 @@ def is_certified(run: RunDirectory, server_round: int) -> bool:
 
 
 def due(run: RunDirectory, config: RunConfig) -> list[int]:
-    """Return the rounds, newest first, whose models are on the disk and are to be certified."""
+    """Return the rounds, newest first, whose models are on the disk and are to be certified.
+
+    With ``at_end`` those are the final model, and what was the final one before the run got more rounds.
+    """
     every, last = config.certification.every, config.federation.num_rounds
     rounds = {
         server_round
         for server_round in range(every, last + 1, every or 1)
         if every and run.has_checkpoint(server_round)
     }
-    if config.certification.at_end and run.has_checkpoint(last):
-        rounds.add(last)
+    if config.certification.at_end:
+        on_disk = [number for number in range(last + 1) if run.has_checkpoint(number)]
+        rounds.update(number for number in on_disk if number == last or _was_final(run, number))
     return sorted(rounds, reverse=True)
+
+
+def _was_final(run: RunDirectory, server_round: int) -> bool:
+    """Tell whether this model was to be the last one, and certified, when it was written."""
+    sidecar = run.checkpoint(server_round).with_suffix(".json")
+    try:
+        return _planned_end(sidecar, sidecar.stat().st_mtime_ns) == server_round
+    except (OSError, ValueError):
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned_end(sidecar: Path, _written: int) -> int | None:
+    """Return after how many rounds a run was to end with a certificate, when it wrote this checkpoint."""
+    match json.loads(sidecar.read_bytes()):
+        case {
+            "metadata": {
+                "config": {
+                    "federation": {"num_rounds": int(num_rounds)},
+                    "certification": {"at_end": True},
+                }
+            }
+        }:
+            return num_rounds
+    return None
 
 
 def owed(run: RunDirectory, config: RunConfig, also: Collection[int] = ()) -> list[int]:
@@ -84,12 +122,12 @@ def owed(run: RunDirectory, config: RunConfig, also: Collection[int] = ()) -> li
     ]
 
 
-def failures(run: RunDirectory, rounds: Collection[int]) -> dict[int, str]:
-    """Return, by round, why models were given up, newest first."""
+def failures(run: RunDirectory) -> dict[int, str]:
+    """Return, by round, why models were given up, newest first, whether they are due any more or not."""
     return {
         server_round: failure_path(run, server_round).read_text().strip()
-        for server_round in sorted(rounds, reverse=True)
-        if failure_path(run, server_round).is_file() and not is_filed(run, server_round)
+        for server_round in sorted(_rounds_with(run, _FAILURE), reverse=True)
+        if not is_filed(run, server_round)
     }
 
 

@@ -22,7 +22,9 @@ from fedsmooth_core.errors import CheckpointError, ConfigError, DataError
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.seeding import Purpose, torch_generator
 from server.evaluation import Evaluator
+from server.owed import ROWS
 from server.replies import Refusal
+from server.report import ROWS_IN_RUN
 from server.run_directory import RunDirectory
 from server.terms import certification_terms, refuse_other_terms
 
@@ -163,12 +165,8 @@ class Recorder:
             if config.resume:
                 self._resume()
             # Whatever would be refused later is refused before anything is written.
-            if config.certification.at_end:
-                rows = self.run.certification(config.federation.num_rounds) / "rows.tsv"
-                terms = certification_terms(config, self.test_set, self.device)
-                if config.service.address is not None:
-                    del terms["device"]  # the service's
-                refuse_other_terms(rows, terms)
+            if config.certification.at_end or config.certification.every:
+                self._refuse_other_terms()
             self.run.record(config, kind)
             self.run.forget_rounds_after(self.completed_rounds)
             if not self.completed_rounds:
@@ -176,6 +174,17 @@ class Recorder:
         except BaseException:
             self.run.close()
             raise
+
+    def _refuse_other_terms(self) -> None:
+        """Let the certificates of one run, which one table shows, all be of the same terms."""
+        terms = certification_terms(self.config, self.test_set, self.device)
+        final = self.run.certification(self.config.federation.num_rounds)
+        if self.config.service.address is None:
+            refuse_other_terms(final / ROWS, terms)
+        # Nothing is added on this device to the rows of the other rounds, and to a service's.
+        del terms["device"]
+        for rows in sorted(self.run.path.glob(ROWS_IN_RUN)):
+            refuse_other_terms(rows, terms)
 
     def _resume(self) -> None:
         path = latest_checkpoint(self.run.checkpoints)

@@ -14,7 +14,7 @@ from rich.text import Text
 from fedsmooth_core.config import RunConfig
 from server import configuration
 from server.conduct import Conduct
-from server.owed import Delivery, due, failure_path, failures, is_certified, owed, rounds_text
+from server.owed import Delivery, failure_path, failures, is_certified, owed, rounds_text
 from server.report import ROWS_IN_RUN, Curve, load_curve, print_table, table_radii
 from server.run_directory import RunDirectory
 
@@ -99,7 +99,7 @@ def read_status(path: Path) -> Status:
         _clients(config, run, rounds, completed),
         len(curves[-1].rows) if curves else 0,
         failure.read_text().strip() if failure.is_file() else None,
-        failures(run, due(run, config)),
+        failures(run),
         owed(run, config),
         Delivery.read(run),
     )

@@ -1,6 +1,7 @@
 """What a run's certificates depend on, but for the weights that are certified."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,8 +45,36 @@ def certification_terms(
     }
 
 
+def terms_at_service(config: RunConfig, metadata: dict[str, Any]) -> dict[str, Scalar]:
+    """Return, by name, what a checkpoint's ``metadata`` and its run's settings say of a service's rows.
+
+    Those are the terms of :func:`certification_terms`, but for the device, which is the service's.
+
+    Raises:
+        ConfigError: when the settings name another data set than the model was trained on.
+    """
+    match metadata:
+        case {"config": {"dataset": {"name": str(name), "image_size": size}}}:
+            trained_on = (name, size)
+            if trained_on != (config.dataset.name, config.dataset.image_size):
+                raise ConfigError(
+                    f"dataset.name={config.dataset.name} dataset.image_size={config.dataset.image_size}: a "
+                    f"certification service takes the images that a model was trained on, here {name} and "
+                    f"{size}: leave these out, or certify on this machine with service.address=null."
+                )
+    terms: dict[str, Scalar] = dict(procedure_of(config).terms)
+    match metadata:
+        case {
+            "dataset": {"fingerprint": str(fingerprint), "num_test_images": int(num_test_images)}
+        }:
+            terms["dataset"] = fingerprint
+            indices = subset_indices(num_test_images, config.certification.num_images)
+            terms["num_images"] = len(indices)
+    return terms
+
+
 def refuse_other_terms(rows: Path, terms: dict[str, Scalar]) -> None:
-    """Refuse to go on with a run whose final model is certified on other terms already.
+    """Refuse to go on with a run of which a model is certified on other terms already.
 
     Raises:
         ConfigError: naming what differs.

@@ -30,7 +30,7 @@ from server.certification.jobs import Job, JobState
 from server.certify import certify_checkpoint
 from server.cli import main
 from server.collection import BackgroundCourier, collect
-from server.configuration import compose
+from server.configuration import compose, save
 from server.courier import Courier
 from server.federation import run_federation
 from server.owed import Delivery, failure_path, is_certified, is_filed, owed
@@ -466,6 +466,87 @@ def test_only_what_is_due_is_owed(trained, run, config):
     certification = replace(config.certification, every=0)
     here = replace(config, certification=certification, service=type(config.service)())
     assert owed(run, here) == []
+
+
+def with_certification(config, **settings):
+    return replace(config, certification=replace(config.certification, **settings))
+
+
+def with_rounds(config, num_rounds):
+    return replace(config, federation=replace(config.federation, num_rounds=num_rounds))
+
+
+def test_what_was_the_final_model_stays_owed_when_the_run_is_given_more_rounds(config, run):
+    longer = with_certification(with_rounds(config, 6), every=2)
+    assert owed(run, longer) == [3, 2]
+    assert owed(run, with_certification(longer, at_end=False)) == [2]
+    # That round 2 was ever the last one is said by no checkpoint.
+    assert owed(run, with_certification(longer, every=0)) == [3]
+    run.checkpoint(3).with_suffix(".json").write_text("damaged")
+    assert owed(run, with_certification(longer, every=0)) == []
+
+
+def test_a_run_that_is_given_more_rounds_ends_with_the_certificates_of_both_ends(
+    config, run, service, console, monkeypatch
+):
+    monkeypatch.setattr(collection, "Courier", lambda *given: Courier(*given, service.connect))
+    longer = with_certification(with_rounds(config, 4), every=0)
+    longer = replace(longer, resume=True, run_dir=str(run.path))
+    run_federation(longer, InProcessGrid(4, "cpu"), console, [])
+    assert [is_filed(run, number) for number in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("terms", [{"num_images": 4}, {"sigma": 0.5}])
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_run_with_certificates_is_not_continued_on_other_terms(
+    config, run, service, collecting, console, terms, more
+):
+    collecting()
+    shutil.rmtree(run.certification(3))  # the final model has none yet
+    other = with_certification(with_rounds(config, 3 + more), **terms)
+    other = replace(other, resume=True, run_dir=str(run.path))
+    with pytest.raises(
+        ConfigError, match=r"round-0001/rows\.tsv holds certificates on other terms"
+    ):
+        run_federation(other, InProcessGrid(4, "cpu"), console, [])
+    assert not run.has_checkpoint(4)
+
+
+@pytest.mark.parametrize(
+    "setting", ["certification.num_images=4", "certification.n=101", "certification.sigma=0.5"]
+)
+def test_the_certificates_of_a_run_are_not_shown_for_those_on_other_terms(
+    run, collecting, setting, capsys
+):
+    collecting()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["certify", str(run.path), setting])
+    said = capsys.readouterr()
+    assert "holds certificates on other terms" in said.err
+    assert "Certified accuracy" not in said.out
+
+
+def test_the_certificates_of_a_run_are_not_shown_for_those_of_other_images(run, collecting, capsys):
+    collecting()
+    with pytest.raises(SystemExit):
+        main(["certify", str(run.path), "dataset.name=mnist"])
+    assert "images that a model was trained on, here digits" in capsys.readouterr().err
+
+
+def test_a_model_that_was_given_up_is_named_whether_it_is_due_or_not(config, run):
+    for server_round in (1, 2):
+        failure_path(run, server_round).parent.mkdir(parents=True)
+        failure_path(run, server_round).write_text(f"story {server_round}\n")
+    (run.path / "certification/round-0002-copy").mkdir()
+    (run.path / "certification/round-0002-copy/failure.txt").write_text("no round\n")
+    save(with_certification(config, every=2), run.path / "config.yaml")
+    shown = status_of(run)
+    for server_round in (1, 2):
+        line = f"The model of round {server_round} is not certified: story {server_round}"
+        assert shown.count(line) == 1
+    found = json.loads(status_of(run, as_json=True))
+    assert found["given_up"] == {"2": "story 2", "1": "story 1"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"problem": 3}', '{"under_way": {"1": "x"}}'])
