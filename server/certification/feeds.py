@@ -2,18 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedsmooth_core.certification.analysis import Rows, summary
 from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.errors import ServiceError
+from server.certification import certification_pb2 as pb
 from server.certification.jobs import Job
+from server.certification.messages import job_message, row_messages, summary_message
 from server.certification.store import JobStore
 
-_SECONDS = 0.25
+_SECONDS = 1.0
 """Between two messages about one job, at least."""
+
+_ROWS_A_MESSAGE = 5000
 
 MAX_RADII = 1000
 """As many radii as a summary may have."""
@@ -27,8 +32,38 @@ class Snapshot:
     rows: list[CertifiedRow]
     """In the order of certification. Shared, and appended to: the first ``num_rows`` are this moment's."""
     num_rows: int
+    rows_before: int
+    """Rows of the snapshot before this one: most watchers have them already."""
     figures: dict[str, Any]
     seconds_left: float | None
+
+    def messages(self, rows_seen: int) -> Iterable[pb.Progress]:
+        """Return what to tell a watcher who has so many of the rows: at least one message.
+
+        Those for watchers who follow from one snapshot to the next are made once for all of them.
+        """
+        return self._step if rows_seen == self.rows_before else self._made(rows_seen)
+
+    @cached_property
+    def _step(self) -> list[pb.Progress]:
+        return list(self._made(self.rows_before))
+
+    @cached_property
+    def _head(self) -> pb.Progress:
+        procedure = self.job.terms.procedure
+        return pb.Progress(
+            job=job_message(self.job),
+            summary=summary_message(self.figures, procedure),
+            seconds_left=self.seconds_left,
+        )
+
+    def _made(self, rows_seen: int) -> Iterator[pb.Progress]:
+        for start in range(rows_seen, max(self.num_rows, rows_seen + 1), _ROWS_A_MESSAGE):
+            message = pb.Progress()
+            message.CopyFrom(self._head)
+            part = self.rows[start : min(start + _ROWS_A_MESSAGE, self.num_rows)]
+            message.new_rows.extend(row_messages(part, self.job.terms.procedure))
+            yield message
 
 
 def figures_of(job: Job, rows: list[CertifiedRow]) -> dict[str, Any]:
@@ -123,9 +158,11 @@ class _Feed:
         if job is None:
             raise unknown_job(self._key)
         # The job was read first, so its rows are at least as many: its last message brings all of them.
-        self._rows.extend(self._store.rows(self._key, after=len(self._rows)))
+        before = len(self._rows)
+        self._rows.extend(self._store.rows(self._key, after=before))
         figures = figures_of(job, self._rows)
-        return Snapshot(job, self._rows, len(self._rows), figures, self._seconds_left(job))
+        left = self._seconds_left(job)
+        return Snapshot(job, self._rows, len(self._rows), before, figures, left)
 
     def _seconds_left(self, job: Job) -> float | None:
         now, done = time.monotonic(), job.images_done

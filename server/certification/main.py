@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -33,7 +34,8 @@ from server.certification.auth import Tokens, check_exposure, server_credentials
 from server.certification.certification_pb2_grpc import add_CertificationServicer_to_server
 from server.certification.datasets import Datasets
 from server.certification.engine import Engine
-from server.certification.guard import Guard
+from server.certification.guard import MAX_HEALTH_CALLS, Guard
+from server.certification.http_connections import ImpatientProtocol
 from server.certification.limits import Limits
 from server.certification.metrics import Metrics
 from server.certification.page import app as page
@@ -51,6 +53,7 @@ _THREADS = 16
 _LARGEST_REQUEST = 16 << 20  # the images of a call; parts of an upload are smaller
 _LARGEST_PART = 16 << 20  # of an answer
 _HEALTH_SECONDS = 1.0
+_HTTP_CONNECTIONS = 256
 
 _OPTIONS = (
     # Else two services could listen on one port, and each would get half of the calls.
@@ -64,6 +67,9 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 4),
+    # A connection costs a descriptor before anybody knows whose it is.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
 )
 
 
@@ -155,8 +161,8 @@ class CertificationServer:
         self._server = grpc.aio.server(
             interceptors=[self._guard],
             options=_OPTIONS,
-            # The guard's own limit has a sentence; this one also bounds what it does not count.
-            maximum_concurrent_rpcs=2 * limits.max_calls,
+            # The guard's own limits have sentences; this one also bounds what it does not count.
+            maximum_concurrent_rpcs=2 * limits.max_calls + MAX_HEALTH_CALLS,
         )
         self._service = Service(self._store, self._engine, self._datasets, limits)
         add_CertificationServicer_to_server(self._service, self._server)
@@ -190,7 +196,8 @@ class CertificationServer:
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                limit_concurrency=64,
+                http=ImpatientProtocol,
+                limit_concurrency=_HTTP_CONNECTIONS,
                 timeout_graceful_shutdown=1,
             )
             self._http = _Http(config)
@@ -258,6 +265,7 @@ def run_service(options: ServiceOptions, say: Callable[[str], None]) -> None:
         FedSmoothError: when it cannot start.
     """
     _log_plainly()
+    _take_all_descriptors()
     executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="call")
     loop = asyncio.new_event_loop()
     try:
@@ -297,6 +305,14 @@ def _leave_threads_behind() -> None:
             if thread.is_alive():
                 logging.shutdown()
                 os._exit(0)
+
+
+def _take_all_descriptors() -> None:
+    """Let connections use as many descriptors as the system grants: the usual soft limit is low."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where "most" is no number, the system refuses it as a soft limit (macOS): then all stays as it was.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_plainly() -> None:

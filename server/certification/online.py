@@ -17,6 +17,7 @@ from fedsmooth_core.certification.predict import predict
 from fedsmooth_core.errors import CertificationError, ServiceError, ServiceUnreachableError
 from server.certification import certification_pb2 as pb
 from server.certification.engine import Engine
+from server.certification.guard import ANYBODY, CALLER
 from server.certification.jobs import Job
 from server.certification.limits import Limits
 from server.certification.store import JobStore
@@ -29,6 +30,15 @@ _AT_A_TIME = 2
 """Calls that compute: they share the device pass by pass with each other and with the jobs."""
 
 
+class _Share:
+    """What one caller has of the places: half of them, so that others find one whatever it asks."""
+
+    def __init__(self, places: int, at_a_time: int) -> None:
+        self.places = places
+        self.taken = 0
+        self.computing = asyncio.Semaphore(at_a_time)
+
+
 class Online:
     """Answers calls of Predict and Certify; a caller that has gone is computed for no longer."""
 
@@ -38,6 +48,7 @@ class Online:
         self._limits = limits
         self._waiting = 0
         self._computing = asyncio.Semaphore(_AT_A_TIME)
+        self._shares: dict[str, _Share] = {}
 
     async def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
         """Answer with PREDICT of Cohen et al.
@@ -187,6 +198,14 @@ class Online:
                 "later.",
                 "RESOURCE_EXHAUSTED",
             )
+        caller = CALLER.get().name
+        share = self._shares.get(caller) or self._new_share(caller)
+        if share.taken >= share.places:
+            raise ServiceUnreachableError(
+                f"{share.taken} calls of {caller} wait for the device, as many as one caller may have: try "
+                "again when one is answered.",
+                "RESOURCE_EXHAUSTED",
+            )
         gone = threading.Event()
 
         def run() -> T:
@@ -196,8 +215,10 @@ class Online:
             return work(_Abandonable(model, gone))
 
         self._waiting += 1
+        self._shares[caller] = share
+        share.taken += 1
         try:
-            async with self._computing:
+            async with share.computing, self._computing:
                 return await asyncio.to_thread(run)
         except CertificationError as error:
             # The request was checked before: what is left is the model.
@@ -205,6 +226,14 @@ class Online:
         finally:
             gone.set()
             self._waiting -= 1
+            share.taken -= 1
+            if not share.taken:
+                del self._shares[caller]
+
+    def _new_share(self, caller: str) -> _Share:
+        if caller == ANYBODY:  # without tokens nobody knows whose calls are whose
+            return _Share(self._limits.max_online, _AT_A_TIME)
+        return _Share((self._limits.max_online + 1) // 2, _AT_A_TIME // 2)
 
 
 class _Abandonable(nn.Module):

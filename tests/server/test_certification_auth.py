@@ -2,6 +2,7 @@
 
 import datetime
 import stat
+import threading
 
 import grpc
 import pytest
@@ -10,6 +11,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import generate_latest
 
 from fedsmooth_core.errors import ConfigError, ServiceError, ServiceUnreachableError
 from server.certificates import ensure_certificates
@@ -165,6 +168,65 @@ def test_a_file_of_tokens_that_is_gone_lets_nobody_in(guarded, tmp_path, caplog)
     tokens.write_bytes(content)
     with service.client(token_file=path) as client:
         assert client.jobs() == []
+
+
+def test_what_a_caller_made_up_is_no_label_and_floods_no_log(guarded, caplog):
+    caplog.set_level("INFO", "server.certification")
+    service, _ = guarded
+    with grpc.insecure_channel(service.address) as channel:
+        for number in range(20):
+            with pytest.raises(grpc.RpcError):
+                channel.unary_unary(f"/no.Service/Method{number}")(b"")
+    figures = generate_latest(service.server._metrics.registry).decode()
+    assert 'code="UNAUTHENTICATED",method="unknown"' in figures
+    assert "Method" not in figures
+    assert "Method" not in caplog.text
+    assert caplog.text.count("refused ") < 10
+
+
+def test_calls_of_health_without_a_token_keep_nobody_else_out(guarded, tmp_path, monkeypatch):
+    monkeypatch.setattr("server.certification.guard._HEALTH_SECONDS", 0.2)
+    service, tokens = guarded
+    path = _token(tokens, tmp_path, name="other")
+    with grpc.insecure_channel(service.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        watching = [stub.Watch(request) for _ in range(32)]
+        for call in watching:
+            assert next(call).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            next(stub.Watch(request))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        # Who watches takes no place of those who ask once.
+        assert stub.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        silent = channel.stream_unary("/grpc.health.v1.Health/Check")
+        with pytest.raises(grpc.RpcError) as refused:
+            silent(iter(threading.Event().wait, True))
+        assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        with pytest.raises(grpc.RpcError) as refused:
+            silent(iter([b"no message"]))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        with service.client(token_file=path) as client:
+            client.jobs()
+        for call in watching:
+            call.cancel()
+
+
+def test_a_revoked_token_reads_no_more_of_an_open_stream(guarded, tmp_path):
+    service, tokens = guarded
+    path = _token(tokens, tmp_path, name="reader")
+    with service.client(token_file=path) as client:
+        # Long enough that it does not end before the token is gone.
+        job = client.submit(SPEC, terms(num_images=300, n=20_000), weights())
+        watching = client.watch(job.key)
+        next(watching)
+        lines = tokens.read_text().splitlines(keepends=True)
+        tokens.write_text("".join(line for line in lines if not line.startswith("reader ")))
+        with pytest.raises(ServiceError, match="revoked") as refused:
+            list(watching)
+        assert refused.value.status == "UNAUTHENTICATED"
+    with service.client(token_file=_token(tokens, tmp_path, name="reader")) as client:
+        client.cancel(job.key)
 
 
 def test_the_file_of_tokens_holds_no_token_and_is_its_owners_alone(tmp_path):

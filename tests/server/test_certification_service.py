@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import socket
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -26,6 +28,7 @@ from fedsmooth_core.config import DatasetConfig
 from fedsmooth_core.data import load_dataset
 from fedsmooth_core.errors import ServiceError, ServiceUnreachableError
 from fedsmooth_core.models import build_model
+from server.certification.guard import CALLER, Caller
 from server.certification.jobs import JobState, Submission
 from server.certification.main import NAME
 
@@ -413,3 +416,66 @@ def test_nothing_of_a_strangers_file_is_kept_but_its_tensors(service: Running, c
     data = safetensors.torch.save(state, metadata={"note": "x" * 1000})
     job = client.submit(SPEC, terms(), data)
     assert service.store.weights(job.weights) == safetensors.torch.save(state)
+
+
+def test_an_http_connection_that_asks_nothing_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.certification.http_connections.SECONDS", 0.05)
+    with serving(tmp_path, http="127.0.0.1:0") as service:
+        address = ("127.0.0.1", service.server.http_port)
+        with socket.create_connection(address) as half, socket.create_connection(address) as idle:
+            half.sendall(b"GET /health HTTP/1.1\r\nHost: ")
+            for one in (half, idle):
+                one.settimeout(10)
+                assert one.recv(1) == b""
+
+
+def test_the_messages_of_a_snapshot_are_made_once_for_all_watchers(client, service):
+    job = client.submit(SPEC, terms(), weights(77))
+    *_, last = client.watch(job.key)
+
+    async def follow():
+        return [now async for now in service.server._service._feeds.follow(job.key)]
+
+    (now,) = asyncio.run_coroutine_threadsafe(follow(), service.loop).result(30)
+    assert now.messages(0) is now.messages(0)
+    assert [len(message.new_rows) for message in now.messages(0)] == [4]
+    # Another start, another message; the shared one stays as it was.
+    assert [len(message.new_rows) for message in now.messages(3)] == [1]
+    assert [len(message.new_rows) for message in now.messages(4)] == [0]
+    assert [len(message.new_rows) for message in now.messages(0)] == [4]
+    assert last.job.images_done == 4
+
+
+def test_one_caller_leaves_places_for_others(service):
+    online = service.server._service._online
+
+    async def at_once(names):
+        free = threading.Event()
+        job = SimpleNamespace(
+            weights="", spec=None, terms=SimpleNamespace(procedure=SimpleNamespace(precision=""))
+        )
+        computing = []
+
+        async def call(name):
+            CALLER.set(Caller(name, "here"))
+            await online._compute(job, lambda _: (computing.append(name), free.wait(10)))
+
+        tasks = [asyncio.create_task(call(name)) for name in names]
+        while len(computing) < 2:
+            await asyncio.sleep(0.01)
+        first = list(computing)
+        free.set()
+        return first, await asyncio.gather(*tasks, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online._engine, "loaded", lambda *_: torch.nn.Identity())
+        first, ends = asyncio.run_coroutine_threadsafe(
+            at_once(["hog"] * 10 + ["other"]), service.loop
+        ).result(30)
+    # One of the two that compute is the other caller's, though all of the hog's came before.
+    assert first == ["hog", "other"]
+    assert [type(end) for end in ends] == [type(None)] * 8 + [ServiceUnreachableError] * 2 + [
+        type(None)
+    ]
+    assert "as many as one caller may have" in str(ends[8])
+    assert online._shares == {}
