@@ -149,7 +149,7 @@ def certifier_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--drop-superseded",
         action="store_true",
-        help="a newer model of a run drops the unfinished jobs of older ones",
+        help="a newer model of a run, known by its name, drops the unfinished jobs of older ones",
     )
     for option, value, text in (
         ("--max-model-mib", 512, "MiB of a model"),
@@ -256,15 +256,18 @@ def _folders(named: Sequence[str]) -> dict[str, Path]:
 
 
 def token(options: argparse.Namespace, console: Console) -> None:
-    """Make a token and print it, this once."""
-    from server.certification.auth import make_token
+    """Make a token, and print it, this once, or write it to a file."""
+    from server.certification.auth import make_token, write_token
 
     made, expires = make_token(options.name, options.tokens, options.days)
-    # The token alone on the standard output: `fedsmooth token me --tokens FILE > token`.
-    print(made)
+    if options.output is None:
+        print(made)  # alone on the standard output: the rest is for eyes
+        where = "It is kept nowhere: put it into a file for --token-file that you alone may read."
+    else:
+        write_token(made, options.output)
+        where = f"It is in {options.output}, for --token-file, and kept nowhere else."
     Console(stderr=True).print(
-        f"For {options.name}, until {expires:%Y-%m-%d %H:%M} UTC. It is kept nowhere: put it into a file "
-        "for --token-file.",
+        f"For {options.name}, until {expires:%Y-%m-%d %H:%M} UTC. {where}",
         soft_wrap=True,
         markup=False,
         highlight=False,
@@ -319,14 +322,20 @@ def _find(client: "CertificationClient", name: str) -> "Job":
 def _list(found: Sequence["Job"], console: Console) -> None:
     from rich.table import Table
 
+    from server.certification.jobs import Submission
+
     if not found:
         _line(console)("No jobs.")
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("key", "state", "run", "round", "model", "data set", "sigma", "n", "images"):
+    columns = ("key", "state", "run", "round", "model", "data set", "sigma", "n", "how", "images")
+    for column in columns:
         table.add_column(column, no_wrap=True)
     for job in found:
-        last = job.submissions[-1]
+        # Somebody without a run may have submitted the same model later.
+        last = next((one for one in reversed(job.submissions) if one.run), Submission())
+        procedure = job.terms.procedure
+        precision = [procedure.precision] if procedure.precision != "float32" else []
         table.add_row(
             job.key[:_SHORT],
             job.state.value,
@@ -334,8 +343,9 @@ def _list(found: Sequence["Job"], console: Console) -> None:
             str(last.round) if last.run else "-",
             escape(job.spec.name),
             escape(job.terms.dataset),
-            f"{job.terms.procedure.sigma:g}",
-            str(job.terms.procedure.n),
+            f"{procedure.sigma:g}",
+            str(procedure.n),
+            ", ".join([procedure.method, *precision]),
             f"{job.images_done} of {job.num_images}",
         )
     _print_whole(table, console)
@@ -488,6 +498,7 @@ def _answers_here(options: argparse.Namespace) -> list["Answer"]:
 
     from fedsmooth_core.certification.bounds import ABSTAIN
     from fedsmooth_core.certification.certify import certify
+    from fedsmooth_core.certification.precision import in_precision
     from fedsmooth_core.certification.predict import predict
     from fedsmooth_core.checkpoint import load_checkpoint, load_model
     from fedsmooth_core.device import choose_device
@@ -503,7 +514,8 @@ def _answers_here(options: argparse.Namespace) -> list["Answer"]:
     names = checkpoint.metadata["dataset"].get("class_names", numbers)
     config = with_overrides(checkpoint.metadata.get("config"), [], str(path.with_suffix(".json")))
     device = choose_device(options.device)
-    model = load_model(checkpoint).to(device)
+    # As its run certifies it, so it serves: in another precision it is another classifier.
+    model = in_precision(load_model(checkpoint).to(device), config.certification.precision)
     images = torch.from_numpy(_images(options.images, spec))
     common: dict[str, Any] = {
         "max_value": 255,

@@ -110,6 +110,13 @@ def parser() -> argparse.ArgumentParser:
     token.add_argument(
         "--tokens", type=Path, required=True, metavar="FILE", help="the service's file of tokens"
     )
+    token.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write it there, for its owner's eyes alone",
+    )
     token.add_argument("--days", type=float, default=90, help="until it expires (90)")
     jobs = command("jobs", _jobs, "Jobs of a certification service: list, watch, fetch, cancel.")
     certification_commands.jobs_options(jobs)

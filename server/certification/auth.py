@@ -155,6 +155,26 @@ def make_token(name: str, path: Path, days: float) -> tuple[str, datetime.dateti
     return token, expires
 
 
+def write_token(token: str, path: Path) -> None:
+    """Write a token to a file that its owner alone may read; one that is there is replaced.
+
+    Raises:
+        ConfigError: when the file cannot be written.
+    """
+    # Renamed into place: who reads it finds the old token or the new one, never a part of it.
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{token}\n")
+        new.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot hold the token ({error.strerror}): choose a file that can be written; the "
+            "token is lost, so remove its line and make another."
+        ) from error
+
+
 def server_credentials(
     certificate: Path | None, key: Path | None, client_authority: Path | None
 ) -> grpc.ServerCredentials | None:

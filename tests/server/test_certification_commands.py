@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from certification_harness import SPEC, serving, terms, weights
 from PIL import Image
 
 from fedsmooth_core.certification.rows import read_parameters, read_rows
+from fedsmooth_core.checkpoint import load_checkpoint
 from fedsmooth_core.config import DatasetConfig
 from fedsmooth_core.data import load_dataset
 from server.certification.auth import Tokens
@@ -108,7 +110,8 @@ def test_jobs_are_listed_shown_watched_and_fetched(at, job, tmp_path, capsys):
     main(["jobs", *at, "--run", "the [run]"])
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2
-    assert re.match(rf"{job.key[:12]} +done +the \[run\] +3 +small_cnn +digits +0.25", listed[1])
+    how = r"small_cnn +digits +0.25 +100 +fixed +4 of 4"
+    assert re.match(rf"{job.key[:12]} +done +the \[run\] +3 +{how}", listed[1])
     main(["jobs", job.key[:8], *at])
     shown = capsys.readouterr().out
     assert job.key in shown
@@ -122,6 +125,19 @@ def test_jobs_are_listed_shown_watched_and_fetched(at, job, tmp_path, capsys):
     capsys.readouterr()
     main(["jobs", *at, "--run", "another"])
     assert capsys.readouterr().out == "No jobs.\n"
+
+
+def test_jobs_that_differ_in_how_they_certify_are_told_apart(service, at, capsys):
+    with service.client() as client:
+        procedure = {"method": "sequential", "precision": "bfloat16"}
+        job = client.submit(SPEC, terms(**procedure), weights(3), Submission("named", 7))
+        list(client.watch(job.key))
+        client.submit(SPEC, terms(**procedure), weights(3))
+    main(["jobs", *at])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if job.key[:12] in line]
+    assert "sequential, bfloat16" in line
+    # Somebody who names no run submitted it later.
+    assert re.search(r"done +named +7 ", line)
 
 
 def test_a_job_is_cancelled_from_the_shell(service, at, capsys):
@@ -159,6 +175,21 @@ def test_images_are_labelled_here_and_at_a_service(run, at, pictures, job, capsy
             assert (answer["label"] is None) == (answer["class_name"] is None)
 
 
+def test_a_model_serves_here_in_the_precision_of_its_run(run, pictures, capsys, monkeypatch):
+    from fedsmooth_core.certification import precision
+
+    asked = []
+    true = precision.in_precision
+    monkeypatch.setattr(
+        precision, "in_precision", lambda model, name: asked.append(name) or true(model, name)
+    )
+    checkpoint = load_checkpoint(run / "checkpoints/round-0003.safetensors")
+    checkpoint.metadata["config"]["certification"]["precision"] = "bfloat16"
+    monkeypatch.setattr("fedsmooth_core.checkpoint.load_checkpoint", lambda path: checkpoint)
+    main(["predict", *pictures, "--n", "50", "--checkpoint", str(run)])
+    assert "bfloat16" in asked
+
+
 def test_the_file_that_is_no_image_is_named(run, pictures, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
@@ -187,6 +218,21 @@ def test_a_token_is_printed_once_and_alone(tmp_path, capsys):
     assert out.count("\n") == 1
     assert "kept nowhere" in err
     assert "days" in refused(capsys, "token", "me", "--tokens", tokens, "--days", "0")
+
+
+def test_a_token_is_written_to_a_file_that_its_owner_alone_reads(tmp_path, capsys):
+    tokens, secret = tmp_path / "tokens", tmp_path / "secret"
+    secret.write_text("an old one")
+    secret.chmod(0o644)
+    main(["token", "me", "--tokens", str(tokens), "--output", str(secret)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert str(secret) in " ".join(err.split())
+    assert Tokens(tokens).name_of(f"Bearer {secret.read_text().strip()}") == "me"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "tokens"]
+    nowhere = tmp_path / "nowhere" / "secret"
+    assert "cannot hold" in refused(capsys, "token", "me", "--tokens", tokens, "-o", nowhere)
 
 
 @pytest.mark.parametrize(
