@@ -1,5 +1,6 @@
 """Between a run's files and the certification service's jobs: a checkpoint in, a file of rows out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def submit_checkpoint(
         num_images=config.certification.num_images,
     )
     job = client.submit(spec, terms, checkpoint.state, submission, fingerprint)
-    if (job.weights, job.terms) != (state_sha256(checkpoint.state), terms):
+    # The service leaves the number out where it is that of all images.
+    num_images = None if job.terms.num_images is None else terms.num_images
+    counted = terms.num_images in (None, job.num_images)
+    answered = dataclasses.replace(terms, num_images=num_images)
+    if not counted or (job.weights, job.terms) != (state_sha256(checkpoint.state), answered):
         raise ServiceError(
             "the certification service answered with another job than was submitted: run the same "
             "version on both sides.",

@@ -11,6 +11,7 @@ from fedsmooth_core.models.registry import (
     Architecture,
     ModelSpec,
     build_model,
+    check_buildable,
     register,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "ModelSpec",
     "Normalise",
     "build_model",
+    "check_buildable",
     "initialise",
     "register",
 ]

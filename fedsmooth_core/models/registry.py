@@ -92,9 +92,7 @@ def build_model(
         ConfigError: for an unknown architecture or initialisation, an image size that the
             architecture cannot take, or a mean or std that does not fit the channels.
     """
-    if spec.name not in _ARCHITECTURES:
-        known = ", ".join(sorted(_ARCHITECTURES))
-        raise ConfigError(f"model.name={spec.name!r} is not known: allowed is one of {known}.")
+    architecture = _architecture(spec.name)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != spec.channels:
             raise ConfigError(
@@ -102,6 +100,24 @@ def build_model(
                 f"{spec.channels} channels: give one value per channel."
             )
     with drawing_from(generator):
-        network = _ARCHITECTURES[spec.name](spec)
+        network = architecture(spec)
     initialise(network, spec.init, generator)
     return nn.Sequential(OrderedDict(normalise=Normalise(mean, std), network=network))
+
+
+def check_buildable(spec: ModelSpec) -> None:
+    """Check that there is this architecture for images of these sizes; nothing is allocated for it.
+
+    Raises:
+        ConfigError: for an unknown architecture, or an image size that it cannot take.
+    """
+    architecture = _architecture(spec.name)
+    with torch.device("meta"):
+        architecture(spec)
+
+
+def _architecture(name: str) -> Architecture:
+    if name not in _ARCHITECTURES:
+        known = ", ".join(sorted(_ARCHITECTURES))
+        raise ConfigError(f"model.name={name!r} is not known: allowed is one of {known}.")
+    return _ARCHITECTURES[name]

@@ -96,7 +96,7 @@ class CertificationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Jobs, the latest submission first.
+        """Jobs, the latest submission first: at most 1000, and fewer where they would make more than about 8 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,6 +24,10 @@ class Limits(Section):
     """Images of a job."""
     max_image_size: int = setting(1024, at_least(1))
     """Side in pixels that the images of a folder are resized to."""
+    max_image_sizes: int = setting(4, at_least(1))
+    """Sizes in which the images of a folder are open at a time; each is a copy on the disk."""
+    max_submissions: int = setting(1000, at_least(1))
+    """Submissions of one job."""
     max_n: int = setting(1_000_000, at_least(1))
     """Draws for an image, n0 and n each."""
     max_images_per_call: int = setting(64, at_least(1))
@@ -36,3 +40,7 @@ class Limits(Section):
     """Calls of all kinds at a time, watchers among them."""
     stall_seconds: float = setting(30.0, at_least(0.1))
     """An upload that brings nothing for so long is ended."""
+    upload_seconds: float = setting(600.0, at_least(0.1))
+    """An upload that takes longer, whatever its size, is ended."""
+    opening_seconds: float = setting(15.0, at_least(0.1))
+    """How long a submission waits for images that are being opened; the opening itself goes on."""

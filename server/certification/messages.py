@@ -16,6 +16,9 @@ from server.certification.jobs import Job, JobState, JobTerms, Submission
 # A model that comes with its weights is not initialised: any name that is known will do.
 _INIT = "he"
 
+_SUBMISSIONS = 100
+"""As many of a job are written: each is a name that its submitter chose."""
+
 _STATE = {
     JobState.QUEUED: pb.JOB_STATE_QUEUED,
     JobState.RUNNING: pb.JOB_STATE_RUNNING,
@@ -115,7 +118,10 @@ def state_messages(states: Iterable[JobState]) -> list[pb.JobState]:
 
 
 def job_message(job: Job) -> pb.Job:
-    """Write a job."""
+    """Write a job: of very many submissions the first and the latest."""
+    shown = job.submissions
+    if len(shown) > _SUBMISSIONS:
+        shown = (shown[0], *shown[1 - _SUBMISSIONS :])
     message = pb.Job(
         key=job.key,
         state=_STATE[job.state],
@@ -128,7 +134,7 @@ def job_message(job: Job) -> pb.Job:
         device=job.device,
         num_images=job.num_images,
         images_done=job.images_done,
-        submissions=[pb.Submission(run=one.run, round=one.round) for one in job.submissions],
+        submissions=[pb.Submission(run=one.run, round=one.round) for one in shown],
         submitted_at=_timestamp(job.submitted_at),
         seconds=job.seconds,
     )

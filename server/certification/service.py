@@ -1,6 +1,7 @@
 """The calls of certification.proto: what is asked is checked here, and answered by store and engine."""
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator
@@ -10,8 +11,13 @@ import safetensors.torch
 from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.data import ArrayDataset
-from fedsmooth_core.errors import CertificationError, ServiceError
-from fedsmooth_core.models import ModelSpec
+from fedsmooth_core.errors import (
+    CertificationError,
+    ConfigError,
+    ServiceError,
+    ServiceUnreachableError,
+)
+from fedsmooth_core.models import ModelSpec, check_buildable
 from server.certification import certification_pb2 as pb
 from server.certification.certification_pb2_grpc import CertificationServicer
 from server.certification.datasets import Datasets
@@ -38,6 +44,8 @@ _log = logging.getLogger(__name__)
 _ROWS_A_MESSAGE = 5000
 _MOST_JOBS = 1000
 _JOBS = 100
+_LIST_BYTES = 8 << 20
+"""Of an answer with jobs, about: a caller may take no more than 16 MiB."""
 
 
 class Service(CertificationServicer):  # type: ignore[misc]
@@ -58,11 +66,14 @@ class Service(CertificationServicer):  # type: ignore[misc]
         header = await self._uploads.header(requests)
         terms = terms_of(header.terms)
         submission = Submission(header.submission.run, header.submission.round)
-        spec = spec_of(header.architecture)
+        spec = _architecture(header.architecture)
         self._check_limits(spec, terms)
         # Before the upload: what can be refused for its header is not received at all.
-        test_set = await asyncio.to_thread(self._datasets.test_set, terms.dataset, terms.image_size)
+        test_set = await self._test_set(terms)
         self._check_fit(spec, terms, test_set, header.dataset_fingerprint)
+        if terms.num_images == len(test_set):
+            # Said or not, these are the same rows, so the same job.
+            terms = dataclasses.replace(terms, num_images=None)
         async with self._uploads.place():
             data = await self._uploads.content(requests, header.num_bytes)
             job = await asyncio.to_thread(self._accept, data, spec, terms, test_set, submission)
@@ -74,29 +85,16 @@ class Service(CertificationServicer):  # type: ignore[misc]
     async def List(  # noqa: N802
         self, request: pb.ListRequest, context: Context
     ) -> pb.ListResponse:
-        limit = min(request.limit or _JOBS, _MOST_JOBS)
-        jobs = await asyncio.to_thread(
-            self._store.jobs, request.run, states_of(request.states), limit
-        )
-        return pb.ListResponse(jobs=map(job_message, jobs))
+        return await asyncio.to_thread(self._list, request)
 
     async def Watch(  # noqa: N802
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncIterator[pb.Progress]:
         seen = request.rows_seen
         async for now in self._feeds.follow(request.key):
-            message = pb.Progress(
-                job=job_message(now.job),
-                summary=summary_message(now.figures, now.job.terms.procedure),
-                seconds_left=now.seconds_left,
-            )
-            new = now.rows[seen : now.num_rows]
-            seen += len(new)
-            parts = [new[i : i + _ROWS_A_MESSAGE] for i in range(0, len(new), _ROWS_A_MESSAGE)]
-            for part in parts or [[]]:
-                del message.new_rows[:]
-                message.new_rows.extend(row_messages(part, now.job.terms.procedure))
+            for message in now.messages(seen):
                 yield message
+            seen = max(seen, now.num_rows)
 
     async def Cancel(self, request: pb.JobRequest, context: Context) -> pb.Job:  # noqa: N802
         await self._job(request.key)
@@ -128,6 +126,29 @@ class Service(CertificationServicer):  # type: ignore[misc]
         self, request: pb.CertifyRequest, context: Context
     ) -> pb.CertifyResponse:
         return await self._online.certify(request)
+
+    def _list(self, request: pb.ListRequest) -> pb.ListResponse:
+        limit = min(request.limit or _JOBS, _MOST_JOBS)
+        response, size = pb.ListResponse(), 0
+        for job in self._store.jobs(request.run, states_of(request.states), limit):
+            message = job_message(job)
+            size += message.ByteSize()
+            if size > _LIST_BYTES and response.jobs:
+                break
+            response.jobs.append(message)
+        return response
+
+    async def _test_set(self, terms: JobTerms) -> ArrayDataset:
+        limits = self._limits
+        found = self._datasets.ask(terms.dataset, terms.image_size, limits.max_image_sizes)
+        try:
+            async with asyncio.timeout(limits.opening_seconds):
+                return await asyncio.wrap_future(found)
+        except TimeoutError:
+            raise ServiceUnreachableError(
+                f"the images of {terms.dataset!r} are being opened for the first time: try again later.",
+                "UNAVAILABLE",
+            ) from None
 
     async def _job(self, key: str) -> Job:
         job = await asyncio.to_thread(self._store.get, key)
@@ -199,6 +220,15 @@ class Service(CertificationServicer):  # type: ignore[misc]
                 "RESOURCE_EXHAUSTED",
             )
 
+    def _check_submissions(self, known: Job | None, submission: Submission) -> None:
+        most = self._limits.max_submissions
+        if known and len(known.submissions) >= most and submission not in known.submissions:
+            raise ServiceError(
+                f"the job {known.key} was submitted for {most} models already, and this service notes no "
+                "more: fetch it by its key.",
+                "RESOURCE_EXHAUSTED",
+            )
+
     def _accept(
         self,
         data: bytes,
@@ -208,16 +238,18 @@ class Service(CertificationServicer):  # type: ignore[misc]
         submission: Submission,
     ) -> Job:
         weights, model = read_model(data, spec)
+        wanted = Job(
+            spec=spec,
+            terms=terms,
+            weights=weights,
+            fingerprint=test_set.info.fingerprint,
+            class_names=test_set.info.class_names,
+            device=self._engine.device.type,
+            num_images=len(subset_indices(len(test_set), terms.num_images)),
+        )
+        self._check_submissions(self._store.get(wanted.key), submission)
         job = self._store.submit(
-            Job(
-                spec=spec,
-                terms=terms,
-                weights=weights,
-                fingerprint=test_set.info.fingerprint,
-                class_names=test_set.info.class_names,
-                device=self._engine.device.type,
-                num_images=len(subset_indices(len(test_set), terms.num_images)),
-            ),
+            wanted,
             # Written anew: nothing but its tensors is kept of a stranger's file.
             safetensors.torch.save(dict(model.state_dict())),
             submission,
@@ -236,3 +268,14 @@ class Service(CertificationServicer):  # type: ignore[misc]
             job.state,
         )
         return job
+
+
+def _architecture(message: pb.Architecture) -> ModelSpec:
+    try:
+        spec = spec_of(message)
+        check_buildable(spec)
+    except ConfigError as error:
+        # The caller knows no settings: to him they are the fields of Architecture.
+        sentence = str(error).replace("model.", "architecture.")
+        raise ServiceError(sentence, "INVALID_ARGUMENT") from error
+    return spec

@@ -8,8 +8,8 @@ from fedsmooth_core.errors import ServiceError, ServiceUnreachableError
 from server.certification import certification_pb2 as pb
 from server.certification.limits import Limits
 
-_BYTES_A_SECOND = 50_000
-"""An upload slower than this, on average, is ended."""
+_BYTES_A_SECOND = 100_000
+"""An upload slower than this, on average, is ended: as the Python client gives it up."""
 
 
 class Uploads:
@@ -72,9 +72,11 @@ class Uploads:
         """
         clock = asyncio.get_running_loop().time
         started, received = clock(), bytearray()
+        limits = self._limits
         while True:
-            due = started + self._limits.stall_seconds + len(received) / _BYTES_A_SECOND
-            part = await self._next(requests, due - clock())
+            slowest = limits.stall_seconds + len(received) / _BYTES_A_SECOND
+            left = started + min(slowest, limits.upload_seconds) - clock()
+            part = await self._next(requests, min(left, limits.stall_seconds))
             if part is None:
                 break
             if part.WhichOneof("part") != "weights":

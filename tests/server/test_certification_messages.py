@@ -67,6 +67,13 @@ def test_a_job_comes_out_as_it_went_in(job):
     assert sent.key == job.key
 
 
+def test_of_very_many_submissions_the_first_and_the_latest_are_written():
+    many = tuple(Submission("a run", number) for number in range(150))
+    spec = ModelSpec("small_cnn", "he", 10, 1, 8, 8)
+    job = Job(spec, JobTerms("digits", Procedure()), "w", "f", (), "cpu", 1, submissions=many)
+    assert job_of(job_message(job)).submissions == (many[0], *many[-99:])
+
+
 @pytest.mark.parametrize("method", ["fixed", "sequential"])
 def test_rows_come_out_as_local_certification_makes_them(method):
     n = None if method == "fixed" else 300

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from fedsmooth_core.errors import ServiceError, ServiceUnreachableError
 from server.certification import certification_pb2 as pb
+from server.certification import service as service_module
 from server.certification.certification_pb2_grpc import CertificationStub
 from server.certification.jobs import JobTerms, Submission
 from server.certification.limits import Limits
 from server.certification.messages import architecture_message, terms_message
 from server.certification.store import StorageError
+from server.certification.uploads import Uploads
 
 LIMITS = Limits(
     max_model_bytes=300_000,
@@ -179,6 +181,8 @@ def test_other_architectures_are_refused_before_anything_of_their_size_is_built(
     [
         {"architecture__height": 0},
         {"architecture__num_classes": 0},
+        {"architecture__name": "no_such_model"},
+        {"architecture__name": "alexnet"},
         {"terms__sigma": 0.0},
         {"terms__sigma": math.nan},
         {"terms__sigma": math.inf},
@@ -250,6 +254,33 @@ def test_other_images_than_the_submitter_means_are_refused(client):
     assert refused.value.status == "FAILED_PRECONDITION"
 
 
+def test_submissions_of_one_job_have_an_end(tmp_path):
+    limits = dataclasses.replace(LIMITS, max_submissions=2)
+    with serving(tmp_path, limits=limits) as service, service.client() as client:
+        for number in (1, 2):
+            client.submit(SPEC, terms(), DATA, Submission("a", number))
+        with pytest.raises(ServiceError, match="submitted for 2 models already") as refused:
+            client.submit(SPEC, terms(), DATA, Submission("a", 3))
+        assert refused.value.status == "RESOURCE_EXHAUSTED"
+        assert not isinstance(refused.value, ServiceUnreachableError)
+        # The same one again is none more.
+        assert len(client.submit(SPEC, terms(), DATA, Submission("a", 1)).submissions) == 2
+
+
+def test_a_list_is_no_longer_than_a_message_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "_LIST_BYTES", 1000)
+    with serving(tmp_path, limits=LIMITS) as service, service.client() as client:
+        for seed in range(2):
+            key = client.submit(
+                SPEC, terms(num_images=1), weights(seed), Submission("a" * 200, seed)
+            ).key
+            list(client.watch(key))
+        for number in range(6):
+            client.submit(SPEC, terms(num_images=1), weights(1), Submission("b" * 200, number))
+        # The latest comes, however large it is.
+        assert [job.key for job in client.jobs()] == [key]
+
+
 def test_a_full_queue_is_refused_and_may_be_tried_again(tmp_path):
     with (
         serving(tmp_path, limits=dataclasses.replace(LIMITS, max_queued=1)) as service,
@@ -316,6 +347,26 @@ def test_an_upload_that_stalls_is_ended(stub, sent):
     status, sentence = _refusal(stub.Submit, requests())
     assert status == "DEADLINE_EXCEEDED"
     assert "stalled" in sentence
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"),
+    [
+        # Slow on the average, though it never stalls; fast enough, but without an end.
+        (Limits(stall_seconds=0.2), 100),
+        (Limits(upload_seconds=0.2), 50_000),
+    ],
+    ids=["slow", "long"],
+)
+def test_an_upload_that_goes_on_for_too_long_is_ended(limits, size):
+    async def parts():
+        for _ in range(500):
+            await asyncio.sleep(0.02)
+            yield _part(bytes(size))
+
+    with pytest.raises(ServiceUnreachableError, match="too slow") as refused:
+        asyncio.run(Uploads(limits).content(parts(), 500 * size))
+    assert refused.value.status == "DEADLINE_EXCEEDED"
 
 
 @pytest.mark.parametrize("sent", [[_header()], [_header(), _part(DATA[:1000])]], ids=len)
