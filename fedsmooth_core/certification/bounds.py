@@ -14,6 +14,9 @@ from fedsmooth_core.errors import CertificationError
 ABSTAIN = -1
 """What is predicted where the statistics allow no certificate."""
 
+MAX_SIGMA = 1e6
+"""The largest noise level: far beyond any use, and far below where float32 images overflow."""
+
 
 def check_alpha(alpha: float) -> None:
     """Refuse a failure probability outside (0, 1) with a :class:`CertificationError`."""
@@ -22,10 +25,11 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_sigma(sigma: float) -> None:
-    """Refuse a noise level that is not finite and > 0 with a :class:`CertificationError`."""
-    if not 0 < sigma < np.inf:
+    """Refuse a noise level outside (0, ``MAX_SIGMA``] with a :class:`CertificationError`."""
+    if not 0 < sigma <= MAX_SIGMA:
         raise CertificationError(
-            f"sigma={sigma!r} cannot certify: allowed is a finite number > 0 (in [0, 1] units)."
+            f"sigma={sigma!r} cannot certify: allowed is a number > 0, up to {MAX_SIGMA:g} "
+            "(in [0, 1] units)."
         )
 
 
@@ -76,7 +80,7 @@ def certified_radius(p_a: ArrayLike, sigma: float) -> float | NDArray[np.float64
 
     Args:
         p_a: lower bound on the top class's probability, in [0, 1], a number or an array.
-        sigma: noise level in [0, 1] pixel units, > 0.
+        sigma: noise level in [0, 1] pixel units, > 0, at most ``MAX_SIGMA``.
 
     Returns:
         float64 >= 0 in [0, 1] pixel units (infinite at p_a = 1), a scalar or shaped as ``p_a``.

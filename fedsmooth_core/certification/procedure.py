@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsmooth_core.certification.bounds import MAX_SIGMA
 from fedsmooth_core.certification.certify import certify
 from fedsmooth_core.certification.certify_sequential import certify_sequential
 from fedsmooth_core.certification.precision import PRECISIONS, in_precision
@@ -16,7 +17,7 @@ from fedsmooth_core.certification.sequential import check_grid
 from fedsmooth_core.config import (
     Scalar,
     Section,
-    above,
+    above_up_to,
     at_least,
     one_of,
     setting,
@@ -29,12 +30,15 @@ from fedsmooth_core.config import (
 class Procedure(Section):
     """All that decides an image's row, but for the weights, the image and the kind of device.
 
+    The key of a job of the certification service is a hash over all fields. Another field, or another
+    name, changes every key: raise ``_VERSION`` in server/certification/store.py with it.
+
     Raises:
         ConfigError: for a value that is out of range, naming it.
         CertificationError: for a ``sequential`` grid of too many radii.
     """
 
-    sigma: float = setting(0.25, above(0))
+    sigma: float = setting(0.25, above_up_to(0, MAX_SIGMA))
     """Noise level of the certified classifier, in [0, 1] pixel units."""
     n0: int = setting(100, at_least(1))
     """Draws that select a class."""
@@ -44,7 +48,7 @@ class Procedure(Section):
     """Failure probability of each image's certificate."""
     method: str = setting("fixed", one_of("fixed", "sequential"))
     """``fixed``: n draws for every image, CERTIFY. ``sequential``: as many as the grid needs."""
-    radius_step: float = setting(0.25, above(0))
+    radius_step: float = setting(0.25, above_up_to(0, MAX_SIGMA))
     """Step of the grid of radii that ``sequential`` decides about; ``fixed`` has no use for it."""
     seed: int = setting(0, within(0, 2**62))
     """Names the noise, together with the image's index."""

@@ -49,8 +49,9 @@ class JobState(StrEnum):
 
 
 RUN_NAME = Allowed(
-    "at most 200 characters that can be printed",
-    lambda value: len(value) <= 200 and value.isprintable(),
+    "at most 200 characters that can be printed, and neither . nor ..",
+    # Those two are no part of an address: browsers take them for folders.
+    lambda value: len(value) <= 200 and value.isprintable() and value not in (".", ".."),
 )
 
 

@@ -98,7 +98,8 @@ def test_counts_must_be_whole_numbers():
 
 
 @pytest.mark.parametrize(
-    ("p_a", "sigma"), [(-0.1, 1), (1.1, 1), (np.nan, 1), (0.9, 0), (0.9, -1), (0.9, np.inf)]
+    ("p_a", "sigma"),
+    [(-0.1, 1), (1.1, 1), (np.nan, 1), (0.9, 0), (0.9, -1), (0.9, 2e6), (0.9, np.inf)],
 )
 def test_impossible_probabilities_and_noise_levels_are_refused(p_a, sigma):
     with pytest.raises(CertificationError):
