@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -199,7 +201,7 @@ def decode_image(path: Path, resize_to: tuple[int, int] | None = None) -> Images
 
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
+            if image.mode.startswith(("I", "F")) or _is_deep(image):
                 raise ValueError("it has more than 8 bits a channel")
             rgb = image.convert("RGB")
     except Exception as error:  # a broken file raises whatever its format's decoder stumbles over
@@ -207,6 +209,14 @@ def decode_image(path: Path, resize_to: tuple[int, int] | None = None) -> Images
     if resize_to is not None and rgb.size != resize_to:
         rgb = rgb.resize(resize_to, Image.Resampling.BILINEAR)
     return np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _is_deep(image: Any) -> bool:
+    """Say whether an image that Pillow reads as 8-bit colours has more bits in its file.
+
+    Pillow tells by the name of the file's own pixels, e.g. ``RGB;16B``, until they are decoded.
+    """
+    return any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

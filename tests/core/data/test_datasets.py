@@ -7,9 +7,11 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 from fedsmooth_core.config import DatasetConfig
 from fedsmooth_core.data import cache as cache_module
 from fedsmooth_core.data import dataset_names, load_dataset, load_device_folder
-from fedsmooth_core.data.imagefolder import ImageFolder
+from fedsmooth_core.data.imagefolder import ImageFolder, decode_image
 from fedsmooth_core.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -611,3 +613,20 @@ def test_real_cifar10_jpegs(tmp_path):
     # Published for the lossless training set; a subset of the JPEG copy comes close.
     np.testing.assert_allclose(train.info.mean, (0.4914, 0.4822, 0.4465), atol=0.03)
     np.testing.assert_allclose(train.info.std, (0.2470, 0.2435, 0.2616), atol=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_more_than_8_bits_are_refused_in_grey_and_in_colour(tmp_path, channels):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    colour_type = {1: 0, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", 2, 2, 16, colour_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(2 * 2 * channels)) * 2)
+    path = tmp_path / "deep.png"
+    parts = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    with pytest.raises(DataError, match="more than 8 bits a channel"):
+        decode_image(path)
