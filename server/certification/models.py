@@ -11,11 +11,14 @@ from fedsmooth_core.certification.precision import in_precision
 from fedsmooth_core.checkpoint import Checkpoint, load_model, state_sha256
 from fedsmooth_core.config import to_nested
 from fedsmooth_core.errors import CheckpointError
-from fedsmooth_core.models import ModelSpec
+from fedsmooth_core.models import NORMALISATION, ModelSpec
 from server.certification.store import JobStore
 
 _ROOM = 2 * 2**30
 """Bytes of weights that stay on the device when another model is loaded."""
+
+_MOST_HEADER = 2**20
+"""Bytes of a safetensors header; ResNet-110's is a twelfth of it."""
 
 
 def read_model(data: bytes, spec: ModelSpec) -> tuple[str, nn.Module]:
@@ -26,8 +29,14 @@ def read_model(data: bytes, spec: ModelSpec) -> tuple[str, nn.Module]:
 
     Raises:
         CheckpointError: if the file is none, its tensors are not exactly those of the architecture,
-            or a value is not finite.
+            or a value is not finite, or a standard deviation of the normalisation is not > 0.
     """
+    # A tensor without values costs a line of the header, and a thousand times that once it is loaded.
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
+        raise CheckpointError(
+            f"the weights have more than {_MOST_HEADER} bytes of names and shapes, so they are not those "
+            f"of {spec.name!r}: send the file as it was written."
+        )
     try:
         state = safetensors.torch.load(data)
     # On damaged bytes its reader raises more kinds of errors than it names.
@@ -42,6 +51,11 @@ def read_model(data: bytes, spec: ModelSpec) -> tuple[str, nn.Module]:
                 f"the weights {name!r} hold values that are not finite: such a model cannot be "
                 "certified (did training diverge?)."
             )
+    if bool((state[f"{NORMALISATION}std"] <= 0).any()):
+        raise CheckpointError(
+            f"the weights '{NORMALISATION}std' are not all > 0, so the images cannot be divided by them: "
+            "such a model cannot be certified."
+        )
     return state_sha256(state), model
 
 

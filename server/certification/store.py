@@ -13,7 +13,7 @@ from typing import Any, Self
 from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.config import from_nested, to_nested
 from fedsmooth_core.durable import try_lock
-from fedsmooth_core.errors import CertificationError
+from fedsmooth_core.errors import CertificationError, FedSmoothError
 from fedsmooth_core.models import ModelSpec
 from server.certification.jobs import Job, JobState, JobTerms, Submission
 
@@ -87,7 +87,7 @@ _SCHEMA = (
 )
 
 _JOB = """
-    SELECT weights, spec, terms, fingerprint, class_names, device, num_images, state, problem,
+    SELECT key, weights, spec, terms, fingerprint, class_names, device, num_images, state, problem,
         images_done, submitted_at, ended_at, seconds,
         (SELECT json_group_array(json_array(run, round)) FROM
             (SELECT run, round FROM submissions WHERE job = jobs.id ORDER BY id)) AS submissions
@@ -106,6 +106,10 @@ class QueueFullError(CertificationError):
 
 class UnknownJobError(CertificationError):
     """No job has this key."""
+
+
+class UnreadableJobError(CertificationError):
+    """What is stored of a job is damaged, or of a newer version."""
 
 
 class StorageError(CertificationError):
@@ -136,7 +140,7 @@ class JobStore:
         self._listeners_lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             try:
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lock = stack.enter_context((directory / _LOCK).open("ab"))
             except OSError as error:
                 raise StorageError(
@@ -173,13 +177,13 @@ class JobStore:
         with self._writing() as connection:
             found = connection.execute("SELECT id, state FROM jobs WHERE key = ?", (key,))
             known = found.fetchone()
-            if known is None or JobState(known["state"]) in _REQUEUED:
+            if known is None or known["state"] in _REQUEUED:
                 self._check_room(connection, max_queued)
             if known is None:
                 number = _insert_job(connection, key, job, weights)
             else:
                 number = known["id"]
-                if JobState(known["state"]) in _REQUEUED:
+                if known["state"] in _REQUEUED:
                     # One that was cancelled during its last turn has all of its rows.
                     connection.execute(
                         "UPDATE jobs SET problem = '',"
@@ -200,13 +204,17 @@ class JobStore:
         return self._job(key)
 
     def get(self, key: str) -> Job | None:
-        """Return a job as it stands, or None if there is none of this key."""
+        """Return a job as it stands, or None if there is none of this key.
+
+        Raises:
+            UnreadableJobError: if what is stored of it is damaged, or of a newer version.
+        """
         with self.reading() as connection:
             row = connection.execute(f"{_JOB} WHERE key = ?", (key,)).fetchone()
         return None if row is None else _job(row)
 
     def jobs(self, run: str = "", states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
-        """Return jobs, the latest submission first.
+        """Return jobs, the latest submission first; those that cannot be read are left out.
 
         Args:
             run: only jobs that were submitted for this run; empty for all.
@@ -222,13 +230,20 @@ class JobStore:
         """
         with self.reading() as connection:
             rows = connection.execute(query, (run, run, *states, limit)).fetchall()
-        return [_job(row) for row in rows]
+        jobs = []
+        for row in rows:
+            try:
+                jobs.append(_job(row))
+            except UnreadableJobError as error:
+                logger.warning("A job is left out of a list: %s", error)
+        return jobs
 
     def counts(self) -> dict[JobState, int]:
-        """Return how many jobs are in each state."""
+        """Return how many jobs are in each state that this version knows."""
         with self.reading() as connection:
             rows = connection.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
-        return dict.fromkeys(JobState, 0) | {JobState(state): count for state, count in rows}
+        found = dict(map(tuple, rows))
+        return {state: found.get(state, 0) for state in JobState}
 
     def unfinished(self) -> list[tuple[str, str, int]]:
         """Return (key, run, round) of each submission of an unfinished job, oldest first."""
@@ -252,7 +267,11 @@ class JobStore:
         return [_row(row) for row in rows]
 
     def find_model(self, model: str) -> Job | None:
-        """Return the job of a key, or the latest one with weights of this hash, or None."""
+        """Return the job of a key, or the latest one with weights of this hash, or None.
+
+        Raises:
+            UnreadableJobError: if what is stored of it is damaged, or of a newer version.
+        """
         with self.reading() as connection:
             row = connection.execute(
                 f"{_JOB} WHERE key = ? OR weights = ? ORDER BY id DESC LIMIT 1", (model, model)
@@ -321,7 +340,7 @@ class JobStore:
                     f"rows of the job {key} were certified twice ({error}): this is a mistake of "
                     "the service, please report it."
                 ) from error
-            if done == job["num_images"] and not JobState(job["state"]).has_ended:
+            if done == job["num_images"] and job["state"] in _UNENDED:
                 connection.execute(
                     "UPDATE jobs SET state = ?, ended_at = ? WHERE id = ?",
                     (JobState.DONE, time.time(), job["id"]),
@@ -469,6 +488,7 @@ class JobStore:
 
 
 _REQUEUED = (JobState.CANCELLED, JobState.SUPERSEDED, JobState.FAILED)
+_UNENDED = (JobState.QUEUED, JobState.RUNNING)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -526,22 +546,36 @@ def _supersede(connection: sqlite3.Connection, newer: int) -> list[str]:
 
 
 def _job(row: sqlite3.Row) -> Job:
-    return Job(
-        spec=from_nested(ModelSpec, json.loads(row["spec"])),
-        terms=from_nested(JobTerms, json.loads(row["terms"])),
-        weights=row["weights"],
-        fingerprint=row["fingerprint"],
-        class_names=tuple(json.loads(row["class_names"])),
-        device=row["device"],
-        num_images=row["num_images"],
-        submissions=tuple(Submission(*pair) for pair in json.loads(row["submissions"])),
-        state=JobState(row["state"]),
-        problem=row["problem"],
-        images_done=row["images_done"],
-        submitted_at=row["submitted_at"],
-        ended_at=row["ended_at"],
-        seconds=row["seconds"],
-    )
+    try:
+        return Job(
+            spec=from_nested(ModelSpec, json.loads(row["spec"])),
+            terms=from_nested(JobTerms, json.loads(row["terms"])),
+            weights=row["weights"],
+            fingerprint=row["fingerprint"],
+            class_names=tuple(json.loads(row["class_names"])),
+            device=row["device"],
+            num_images=row["num_images"],
+            submissions=tuple(Submission(*pair) for pair in json.loads(row["submissions"])),
+            state=JobState(row["state"]),
+            problem=row["problem"],
+            images_done=row["images_done"],
+            submitted_at=row["submitted_at"],
+            ended_at=row["ended_at"],
+            seconds=row["seconds"],
+        )
+    # Whatever a damaged file makes of it.
+    except (
+        FedSmoothError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise UnreadableJobError(
+            f"the job {row['key']} cannot be read ({error!r:.200}): it was damaged, or stored by a "
+            "newer version of this program, so use that one, or submit the job again elsewhere."
+        ) from error
 
 
 def _cells(row: CertifiedRow) -> tuple[int | float | None, ...]:

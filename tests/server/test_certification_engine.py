@@ -23,7 +23,7 @@ from server.certification.datasets import Datasets
 from server.certification.engine import Engine
 from server.certification.jobs import Job, JobState, JobTerms, Submission
 from server.certification.models import LoadedModels, read_model
-from server.certification.store import JobStore, UnknownJobError
+from server.certification.store import JobStore, UnknownJobError, UnreadableJobError
 from server.certification.turns import TakingTurns, Turns
 from server.certify import certify_checkpoint
 
@@ -47,13 +47,15 @@ def engine(store):
     """An engine that is not started yet; it ends with the test."""
     made = Engine(store, DATASETS, CPU, 128)
     yield made
-    if made._thread.ident is not None:
+    if made._threads[0].ident is not None:
         made.stop(0)
 
 
 @pytest.fixture
 def one_image_a_turn(monkeypatch):
     monkeypatch.setattr(engine_module, "TURN_SECONDS", 0.0)
+    # However slow this machine is: one turn after the other.
+    monkeypatch.setattr(engine_module, "OVERDUE_SECONDS", 1e9)
 
 
 def state_of(seed):
@@ -374,8 +376,108 @@ def test_a_worker_that_has_ended_is_a_problem(store, engine, monkeypatch):
     assert engine.problem == ""
     monkeypatch.setattr(engine, "_next_job", die)
     engine.start()
-    engine._thread.join()
+    for thread in engine._threads:
+        thread.join()
     assert "has ended" in engine.problem
+    assert engine.problem_is_final
+
+
+def test_long_images_of_other_runs_hold_no_job_up(store, engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "OVERDUE_SECONDS", 0.05)
+    hogs = [submit(store, "hog", 1, n=ENDLESS), submit(store, n=ENDLESS)]
+    small = [submit(store, "small", 1), submit(store), submit(store, "hog", 0)]
+    engine.start()
+    for job in wait_for_all(store, *small[:2]):
+        assert job.state is JobState.DONE
+    # Of one run the newest round goes first, even if it is long.
+    states = [store.get(key) for key in (*hogs, small[2])]
+    assert [job.images_done for job in states] == [0, 0, 0]
+    assert states[2].state is JobState.QUEUED
+    store.cancel(hogs[0])
+    assert wait_for(store, small[2]).state is JobState.DONE
+    assert store.get(hogs[1]).state is JobState.RUNNING
+    engine.stop(0)
+    assert store.rows(hogs[1]) == []
+
+
+def test_rows_of_turns_beside_each_other_are_those_of_one_alone(store, monkeypatch):
+    monkeypatch.setattr(engine_module, "OVERDUE_SECONDS", 0.0)
+    states = [state_of(seed) for seed in range(4)]
+    keys = [submit(store, str(i), 1, states[i], num_images=5, n=2000) for i in range(4)]
+    engine = Engine(store, DATASETS, CPU, 256)
+    engine.start()
+    for key, state in zip(keys, states, strict=True):
+        job = wait_for(store, key)
+        assert job.state is JobState.DONE
+        assert without_time(store.rows(key)) == expected_rows(job, state)
+    engine.stop()
+    assert engine.images_certified == 20
+
+
+def test_a_job_for_which_memory_never_suffices_fails_in_the_end(store, engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "RETRY_SECONDS", 0.0)
+    asked = []
+
+    def certify(*arguments, procedure, **options):
+        asked.append(procedure.seed)
+        if procedure.seed == 1 or len(asked) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return certify_images(*arguments, procedure=procedure, **options)
+
+    monkeypatch.setattr(engine_module, "certify_images", certify)
+    large, small = submit(store, "a", 1, seed=1), submit(store, "b", 1)
+    engine.start()
+    failed, done = wait_for_all(store, large, small)
+    assert "too little memory" in failed.problem
+    assert asked.count(1) == engine_module.MEMORY_ATTEMPTS
+    assert done.state is JobState.DONE
+
+
+def test_a_device_that_fails_again_and_again_needs_another_process(store, engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "RETRY_SECONDS", 0.0)
+    is_final = threading.Event()
+
+    def certify(*arguments, **options):
+        if engine.problem_is_final:
+            is_final.set()
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(engine_module, "certify_images", certify)
+    key = submit(store)
+    assert not engine.problem_is_final
+    engine.start()
+    is_final.wait()
+    assert "the device failed" in engine.problem
+    assert not store.get(key).state.has_ended
+
+
+def test_a_job_that_cannot_be_read_fails_alone(store, engine):
+    bad, worse, good = submit(store, "a", 1), submit(store, "b", 1), submit(store, "a", 0)
+    with store._writing() as connection:
+        connection.execute("UPDATE jobs SET terms = '{' WHERE key = ?", (bad,))
+        connection.execute(
+            "UPDATE jobs SET terms = replace(terms, '0.25', '-1') WHERE key = ?", (worse,)
+        )
+    engine.start()
+    assert wait_for(store, good).state is JobState.DONE
+    while store.unfinished():
+        pass
+    assert engine.problem == ""
+    assert [job.key for job in store.jobs()] == [good]
+    with pytest.raises(UnreadableJobError, match="cannot be read"):
+        store.get(bad)
+
+
+def test_nothing_is_remembered_of_jobs_and_runs_that_are_over(store, engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "_RUNS_REMEMBERED", 2)
+    keys = [submit(store, str(i), 1) for i in range(4)]
+    engine.start()
+    wait_for_all(store, *keys)
+    last = submit(store, "last", 1)
+    wait_for(store, last)
+    engine.stop()
+    assert len(engine._last_turn) == 2
+    assert engine._seconds_per_image.keys() <= {last}
 
 
 def test_online_calls_get_their_turns_while_an_image_is_certified(store, engine):
@@ -449,6 +551,18 @@ def test_what_is_no_file_of_these_weights_is_refused():
         read_model(data[:-1], SPEC)
     with pytest.raises(CheckpointError, match="not those of its model"):
         read_model(safetensors.torch.save({"a": torch.zeros(1)}), SPEC)
+    state = state_of(0)
+    flat = safetensors.torch.save(state | {"normalise.std": state["normalise.std"] * 0})
+    with pytest.raises(CheckpointError, match="are not all > 0"):
+        read_model(flat, SPEC)
+
+
+def test_a_file_of_countless_tensors_is_refused_before_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(safetensors.torch, "load", lambda data: pytest.fail("it was loaded"))
+    empty = '"{:07}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    header = ("{" + ",".join(map(empty.format, range(20_000))) + "}").encode()
+    with pytest.raises(CheckpointError, match="bytes of names and shapes"):
+        read_model(len(header).to_bytes(8, "little") + header, SPEC)
 
 
 @pytest.fixture

@@ -457,3 +457,18 @@ def test_a_figure_can_be_heard(store: JobStore, client: TestClient) -> None:
     [said] = re.findall(rf'<desc id="{description}">([^<]*)</desc>', page)
     assert f"{HOSTILE}, round 4" in html.unescape(said)
     assert percent(certified_accuracy(Rows.of(rows(10)), 0.0)) in text(said)
+
+
+def test_a_job_that_cannot_be_read_leaves_the_pages_of_others(
+    store: JobStore, client: TestClient
+) -> None:
+    bad, good = add_job(store, "a", 1, rows(10)), add_job(store, "a", 2, rows(10))
+    with store._writing() as connection:
+        connection.execute("UPDATE jobs SET state = 'paused' WHERE key = ?", (bad.key,))
+    for path in ("/", "/runs", "/runs/a", f"/jobs/{good.key}", "/compare?run=a"):
+        assert client.get(path).status_code == 200
+    assert good.key in client.get("/").text
+    assert bad.key not in client.get("/").text
+    answer = client.get(f"/jobs/{bad.key}")
+    assert answer.status_code == 500
+    assert "This job cannot be read" in answer.text

@@ -25,7 +25,7 @@ from server.certification.page import views
 from server.certification.page.figures import MAX_SERIES
 from server.certification.page.templates import TEMPLATES
 from server.certification.queries import Queries
-from server.certification.store import JobStore, StorageError
+from server.certification.store import JobStore, StorageError, UnreadableJobError
 
 REFRESH_SECONDS = 10
 """How often a page with unfinished jobs loads itself again."""
@@ -74,6 +74,7 @@ def app(store: JobStore) -> Starlette:
         exception_handlers={
             HTTPException: _refused,
             StorageError: _unreadable,
+            UnreadableJobError: _unreadable_job,
             Exception: _failed,
         },
         middleware=[Middleware(_Headers)],
@@ -242,6 +243,12 @@ def _unreadable(request: Request, error: Exception) -> Response:
     logger.warning("The page cannot be shown: %s", error)
     sentence = "The jobs cannot be read now: the service's log says why."
     return _page(request, "refused.html", refresh=True, status=503, sentence=sentence)
+
+
+def _unreadable_job(request: Request, error: Exception) -> Response:
+    logger.warning("The page cannot be shown: %s", error)
+    sentence = "This job cannot be read: the service's log says why."
+    return _page(request, "refused.html", refresh=False, status=500, sentence=sentence)
 
 
 def _failed(request: Request, error: Exception) -> Response:
