@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import resource
 import socket
+import stat
 import threading
 import time
 import urllib.request
@@ -30,7 +32,7 @@ from fedsmooth_core.errors import ServiceError, ServiceUnreachableError
 from fedsmooth_core.models import build_model
 from server.certification.guard import CALLER, Caller
 from server.certification.jobs import JobState, Submission
-from server.certification.main import NAME
+from server.certification.main import NAME, _take_all_descriptors
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), np.uint8)
 
@@ -479,3 +481,15 @@ def test_one_caller_leaves_places_for_others(service):
     ]
     assert "as many as one caller may have" in str(ends[8])
     assert online._shares == {}
+
+
+def test_a_service_takes_all_descriptors_and_shows_its_directory_to_nobody_else(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
+        _take_all_descriptors()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with serving(tmp_path / "service"):
+        assert stat.S_IMODE((tmp_path / "service").stat().st_mode) == 0o700
