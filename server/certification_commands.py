@@ -292,7 +292,9 @@ def jobs(options: argparse.Namespace, console: Console) -> None:
         elif options.watch:
             job = _follow(client, job, console)
         elif options.fetch:
-            rows = _fetch(client, job, options.fetch, None)
+            # A job on some of the images does not say how many there are.
+            total = job.num_images if job.terms.num_images is None else None
+            rows = _fetch(client, job, options.fetch, total)
             _line(console)(f"Rows: {rows}")
             return
         _show(job, console)

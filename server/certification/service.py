@@ -7,12 +7,14 @@ import logging
 from collections.abc import AsyncIterator
 
 import safetensors.torch
+from torch import nn
 
 from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
 from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.data import ArrayDataset
 from fedsmooth_core.errors import (
     CertificationError,
+    CheckpointError,
     ConfigError,
     ServiceError,
     ServiceUnreachableError,
@@ -237,7 +239,7 @@ class Service(CertificationServicer):  # type: ignore[misc]
         test_set: ArrayDataset,
         submission: Submission,
     ) -> Job:
-        weights, model = read_model(data, spec)
+        weights, model = _read(data, spec)
         wanted = Job(
             spec=spec,
             terms=terms,
@@ -279,3 +281,16 @@ def _architecture(message: pb.Architecture) -> ModelSpec:
         sentence = str(error).replace("model.", "architecture.")
         raise ServiceError(sentence, "INVALID_ARGUMENT") from error
     return spec
+
+
+def _read(data: bytes, spec: ModelSpec) -> tuple[str, nn.Module]:
+    try:
+        return read_model(data, spec)
+    except CheckpointError as error:
+        # He has sent no checkpoint, and need not have this project.
+        sentence = str(error).replace("the checkpoint's weights", "the weights")
+        sentence = sentence.replace("its model", "the architecture")
+        sentence = sentence.replace(
+            "load it with the version that wrote it", "send exactly the tensors that it has"
+        )
+        raise ServiceError(sentence, "INVALID_ARGUMENT") from error

@@ -121,10 +121,21 @@ def test_jobs_are_listed_shown_watched_and_fetched(at, job, tmp_path, capsys):
     main(["jobs", job.key, "--fetch", str(tmp_path), *at])
     assert len(read_rows(tmp_path / "rows.tsv")) == 4
     assert read_parameters(tmp_path / "rows.tsv")["weights"] == job.weights
-    assert json.loads((tmp_path / "summary.json").read_text())["num_images"] == 4
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_images"], summary["num_test_images"]) == (4, None)
     capsys.readouterr()
     main(["jobs", *at, "--run", "another"])
     assert capsys.readouterr().out == "No jobs.\n"
+
+
+def test_a_job_on_all_images_says_how_many_there_are(service, at, tmp_path):
+    with service.client() as client:
+        job = client.submit(SPEC, terms(num_images=None, n0=1, n=1), weights(4))
+        next(now for now in client.watch(job.key) if now.job.images_done)
+        client.cancel(job.key)
+    main(["jobs", job.key, "--fetch", str(tmp_path), *at])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["num_test_images"] == job.num_images > 4
 
 
 def test_jobs_that_differ_in_how_they_certify_are_told_apart(service, at, capsys):

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import math
+import re
 import threading
 import time
 
@@ -153,6 +154,8 @@ def test_weights_that_are_not_the_architectures_are_refused(client, state, said)
     with pytest.raises(ServiceError, match=said) as refused:
         client.submit(SPEC, terms(), state)
     assert refused.value.status == "INVALID_ARGUMENT"
+    # Its caller knows of no checkpoint, and no version that wrote one.
+    assert not {"checkpoint", "version"} & set(re.findall(r"\w+", str(refused.value)))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,10 @@ def test_impossible_terms_are_refused_before_the_upload(stub, changes):
     # No weights follow: had it waited for them, it would have said so.
     status, sentence = _refusal(stub.Submit, iter([_header(**changes)]))
     assert status == "INVALID_ARGUMENT"
-    assert next(iter(changes)).partition("__")[2].split("_")[0] in sentence
+    section, _, name = next(iter(changes)).partition("__")
+    assert name.split("_")[0] in sentence
+    if section == "architecture":
+        assert "model." not in sentence
 
 
 @pytest.mark.parametrize(
