@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from fedsmooth_core.device import choose_device
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.errors import CertificationError, ConfigError
 from server.certification import certification_pb2 as pb
 from server.certification.auth import Tokens, check_exposure, server_credentials
 from server.certification.certification_pb2_grpc import add_CertificationServicer_to_server
@@ -108,6 +108,7 @@ class CertificationServer:
         port: of gRPC.
         http_port: of the page and the metrics; 0 where there are none.
         description: where it listens, and what it asks of callers.
+        is_beyond_repair: set once only another process can certify; ``final_problem`` says why.
 
     Raises:
         FedSmoothError: when something of the options cannot be used, or another service has the directory.
@@ -141,6 +142,8 @@ class CertificationServer:
         )
         self._datasets = datasets
         self._metrics = Metrics(self._store, self._engine)
+        self.is_beyond_repair = asyncio.Event()
+        self.final_problem = ""
         self.description = ", ".join(
             [
                 "TLS" if self._credentials else "no TLS",
@@ -221,6 +224,9 @@ class CertificationServer:
     async def _keep_reporting_health(self) -> None:
         while True:
             await self._report_health()
+            if self._engine.problem_is_final:
+                self.final_problem = self._engine.problem
+                self.is_beyond_repair.set()
             await asyncio.sleep(_HEALTH_SECONDS)
 
     async def _report_health(self) -> None:
@@ -255,14 +261,14 @@ class _Http(uvicorn.Server):
 
 
 def run_service(options: ServiceOptions, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then end within seconds.
+    """Serve until SIGTERM or SIGINT, then end within seconds; so too when only a restart can help.
 
     Args:
         options: how.
         say: is told where the service listens, once it does, and that it ends.
 
     Raises:
-        FedSmoothError: when it cannot start.
+        FedSmoothError: when it cannot start, or cannot certify any more.
     """
     _log_plainly()
     _take_all_descriptors()
@@ -270,14 +276,17 @@ def run_service(options: ServiceOptions, say: Callable[[str], None]) -> None:
     loop = asyncio.new_event_loop()
     try:
         loop.set_default_executor(executor)
-        loop.run_until_complete(_serve(options, say))
+        problem = loop.run_until_complete(_serve(options, say))
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         loop.close()
-    _leave_threads_behind()
+    _leave_threads_behind(status=1 if problem else 0)
+    if problem:
+        raise CertificationError(problem)
 
 
-async def _serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
+async def _serve(options: ServiceOptions, say: Callable[[str], None]) -> str:
+    """Return the problem that ended it, or nothing."""
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
@@ -291,12 +300,22 @@ async def _serve(options: ServiceOptions, say: Callable[[str], None]) -> None:
     say(f"Certification service: {host}:{server.port} ({server.description})")
     if options.http is not None:
         say(f"Page and metrics: http://{_host_and_port(options.http)[0]}:{server.http_port}")
-    await told.wait()
+    ends = [asyncio.create_task(event.wait()) for event in (told, server.is_beyond_repair)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
     say("The service ends.")
-    await server.stop()
+    if not server.final_problem:
+        await server.stop()
+    else:
+        say(server.final_problem)
+        # What a broken device was given to compute may never end.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(server.stop(), 3 * GRACE_SECONDS)
+    return server.final_problem
 
 
-def _leave_threads_behind() -> None:
+def _leave_threads_behind(status: int) -> None:
     """End the process even while a call's thread is stuck, say in a download: nothing is lost by it."""
     due = time.monotonic() + 1
     for thread in threading.enumerate():
@@ -304,7 +323,7 @@ def _leave_threads_behind() -> None:
             thread.join(max(0.0, due - time.monotonic()))
             if thread.is_alive():
                 logging.shutdown()
-                os._exit(0)
+                os._exit(status)
 
 
 def _take_all_descriptors() -> None:

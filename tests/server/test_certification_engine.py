@@ -15,13 +15,14 @@ from fedsmooth_core.certification.procedure import Procedure, certify_images
 from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.checkpoint import save_checkpoint, state_sha256
 from fedsmooth_core.config import to_nested
-from fedsmooth_core.errors import CheckpointError, ConfigError, DataError
+from fedsmooth_core.errors import CertificationError, CheckpointError, ConfigError, DataError
 from fedsmooth_core.models import ModelSpec, build_model
 from server.certification import engine as engine_module
 from server.certification import models as models_module
 from server.certification.datasets import Datasets
 from server.certification.engine import Engine
 from server.certification.jobs import Job, JobState, JobTerms, Submission
+from server.certification.main import ServiceOptions, run_service
 from server.certification.models import LoadedModels, read_model
 from server.certification.store import JobStore, UnknownJobError, UnreadableJobError
 from server.certification.turns import TakingTurns, Turns
@@ -449,6 +450,27 @@ def test_a_device_that_fails_again_and_again_needs_another_process(store, engine
     is_final.wait()
     assert "the device failed" in engine.problem
     assert not store.get(key).state.has_ended
+
+
+def test_a_service_that_only_a_restart_can_mend_ends_with_an_error(tmp_path, monkeypatch):
+    """So that whoever watches over it, Docker or systemd, starts it again."""
+    monkeypatch.setattr(engine_module, "RETRY_SECONDS", 0.0)
+
+    def certify(*arguments, **options):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(engine_module, "certify_images", certify)
+    with JobStore(tmp_path / "service") as store:
+        key = submit(store)
+    said = []
+    options = ServiceOptions(
+        tmp_path / "service", listen="127.0.0.1:0", insecure=True, device="cpu"
+    )
+    with pytest.raises(CertificationError, match="the device failed"):
+        run_service(options, said.append)
+    assert said[1] == "The service ends."
+    with JobStore(tmp_path / "service") as store:
+        assert store.get(key).state is JobState.RUNNING
 
 
 def test_a_job_that_cannot_be_read_fails_alone(store, engine):
