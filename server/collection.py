@@ -22,6 +22,7 @@ from server.courier import POLL_SECONDS, Courier
 from server.owed import (
     CURVE,
     ROWS,
+    Delivery,
     due,
     failure_path,
     failures,
@@ -37,6 +38,9 @@ from server.run_directory import RunDirectory
 from server.service_jobs import progress_note
 from server.terms import refuse_other_terms, terms_at_service
 
+_FILING_SECONDS = 30.0
+"""At most so long does the courier in the background file what has come, once it is told to stop."""
+
 # Nothing comes before somebody mends it, but then all that is owed does.
 _TO_BE_MENDED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")
 
@@ -51,6 +55,7 @@ class BackgroundCourier:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._courier: Courier | None = None
+        self._thread: threading.Thread | None = None
         self._wake = threading.Event()
 
     def run_started(self, config: RunConfig, run: RunDirectory, completed_rounds: int) -> None:
@@ -58,7 +63,8 @@ class BackgroundCourier:
         if config.service.address is not None and config.certification.every:
             self._courier = Courier(config, run)
             # A daemon: what it leaves undone when the process ends is done by the next one.
-            threading.Thread(target=self._work, args=(self._courier,), daemon=True).start()
+            self._thread = threading.Thread(target=self._work, args=(self._courier,), daemon=True)
+            self._thread.start()
 
     def cohort_asked(self, server_round: int, trained: TrainedRound) -> None:
         """There is no new model yet."""
@@ -67,15 +73,19 @@ class BackgroundCourier:
         self._wake.set()
 
     def run_finished(self) -> None:
-        if self._courier is not None:
+        if self._courier is not None and self._thread is not None:
             self._courier.stop()
             self._wake.set()
+            # Whoever collects at the run's end finds its place free.
+            self._thread.join(_FILING_SECONDS)
 
     def _work(self, courier: Courier) -> None:
         told = False
         with courier:
-            while not courier.is_stopped:
+            while True:
                 self._wake.clear()
+                if courier.is_stopped:
+                    return
                 try:
                     courier.deliver()
                     pause: float | None = POLL_SECONDS if courier.owed() else None
@@ -84,6 +94,8 @@ class BackgroundCourier:
                     told = False
                 # Whatever it is, training goes on, and the next attempt may fare better.
                 except Exception as error:
+                    if courier.is_stopped:  # which breaks calls off
+                        return
                     pause = courier.trouble(error)
                     if not told:
                         self._say(f"Certification in the background waits: {error}")
@@ -119,6 +131,7 @@ def collect(
 
     told = ""
     known: list[int] = []
+    under_way: dict[str, list[int]] = {}
     since: float | None = None  # when the trouble began
     with Courier(config, run, also) as courier:
         while rounds := courier.owed():
@@ -132,6 +145,10 @@ def collect(
                     continue
                 problem = "another process collects the certificates of this run"
                 pause, is_final = POLL_SECONDS, False
+                if (found := Delivery.read(run)).problem is not None:
+                    problem += f", and waits: {found.problem}"
+                elif found.under_way != under_way:  # it gets on
+                    since, under_way = None, found.under_way
             except (FedSmoothError, OSError) as error:
                 problem, pause = str(error), courier.trouble(error)
                 is_final = _is_final(error)

@@ -6,11 +6,12 @@ comes next goes on.
 """
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from fedsmooth_core.certification.analysis import summary
 from fedsmooth_core.checkpoint import load_checkpoint
@@ -27,10 +28,13 @@ from server.certification.client import CertificationClient, Connection, Progres
 from server.certification.jobs import Job, JobState, Submission
 from server.certify import write_summary
 from server.owed import (
+    COURIER_LOCK,
     CURVE,
     ROWS,
+    SUMMARY,
     Delivery,
     failure_path,
+    filed,
     is_certified,
     last_filed,
     owed,
@@ -45,7 +49,6 @@ POLL_SECONDS = 2.0
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
-_LOCK = ".courier"
 
 # Asking again would bring the same answer: the model is given up, with the service's sentence.
 _FINAL = ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND", "RESOURCE_EXHAUSTED")
@@ -132,8 +135,9 @@ class Courier:
         return pause
 
     def stop(self) -> None:
-        """Let :meth:`deliver` end after the call that is under way."""
+        """Let :meth:`deliver` end at once, from another thread: a call that is under way is broken off."""
         self._stopped.set()
+        self._hang_up()
 
     @property
     def is_stopped(self) -> bool:
@@ -161,7 +165,7 @@ class Courier:
         if self._lock is None:
             folder = self._run.path / CERTIFICATION
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / _LOCK).open("w")
+            lock = (folder / COURIER_LOCK).open("w")
             if not try_lock(lock):
                 lock.close()
                 return False
@@ -169,14 +173,18 @@ class Courier:
         return True
 
     def _service(self) -> CertificationClient:
-        if self._client is None:
-            self._client = self._connect(connection_of(self._config))
-        return self._client
+        client = self._client
+        if client is None:
+            client = self._client = self._connect(connection_of(self._config))
+            # Either stop() saw this client, or this sees that it was called.
+            if self._stopped.is_set():
+                client.close()
+        return client
 
     def _hang_up(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def _advance(self, server_round: int) -> None:
         """Take one round a step further."""
@@ -222,10 +230,19 @@ class Courier:
         radius_step = self._config.certification.radius_step
         # Events before the summary: a crash between the two repeats them, and loses none.
         figures = summary(curve.rows, table_radii([curve], radius_step))
-        write_certified(self._run, server_round, figures)
+        write_certified(self._run, self._figures() | {server_round: figures})
         write_summary(folder, parameters, metadata["dataset"].get("num_test_images"), radius_step)
         failure_path(self._run, server_round).unlink(missing_ok=True)
         self._forget(server_round)
+
+    def _figures(self) -> dict[int, dict[str, Any]]:
+        """Return, by round, the figures of all models whose certificates are complete."""
+        figures = {}
+        for server_round in filed(self._run):
+            with contextlib.suppress(ValueError):  # damaged: it is missing in TensorBoard
+                content = (self._run.certification(server_round) / SUMMARY).read_bytes()
+                figures[server_round] = json.loads(content)
+        return figures
 
     def _redraw(self) -> None:
         """Draw the curve of the last round that is certified, unless it is drawn already."""

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from fedsmooth_core.config import RunConfig
-from fedsmooth_core.durable import write_atomically
+from fedsmooth_core.durable import try_lock, write_atomically
+from server.report import rows_sha256
 from server.run_directory import CERTIFICATION, RunDirectory
 
 ROWS = "rows.tsv"
 SUMMARY = "summary.json"
 CURVE = "curve"
 """The pictures in a run's directory, without their endings."""
+
+COURIER_LOCK = ".courier"
+"""Among the certificates; whoever carries models to the service holds it."""
 
 _FAILURE = "failure.txt"
 _DELIVERY = "delivery.json"
@@ -51,13 +55,14 @@ def last_filed(run: RunDirectory) -> int | None:
 
 def is_certified(run: RunDirectory, server_round: int) -> bool:
     """Tell whether the certificates of this round's model are complete, and the curve is drawn of them."""
-    pictures = [run.path / f"{CURVE}.{suffix}" for suffix in ("png", "svg")]
-    if not is_filed(run, server_round) or not all(path.is_file() for path in pictures):
+    png, svg = (run.path / f"{CURVE}.{suffix}" for suffix in ("png", "svg"))
+    if not (is_filed(run, server_round) and png.is_file() and svg.is_file()):
         return False
-    # A picture that is older than the summary was drawn of fewer rounds; the last one may be half-written.
-    summary = (run.certification(server_round) / SUMMARY).stat().st_mtime
-    is_whole = pictures[-1].read_bytes().rstrip().endswith(b"</svg>")
-    return is_whole and all(picture.stat().st_mtime >= summary for picture in pictures)
+    # The one written last may be half-written, or still that of another round. Times say nothing: those of a
+    # copy are others.
+    drawn = svg.read_bytes().rstrip()
+    digest = rows_sha256(run.certification(server_round) / ROWS)
+    return drawn.endswith(b"</svg>") and digest.encode() in drawn
 
 
 def due(run: RunDirectory, config: RunConfig) -> list[int]:
@@ -129,6 +134,15 @@ def failures(run: RunDirectory) -> dict[int, str]:
         for server_round in sorted(_rounds_with(run, _FAILURE), reverse=True)
         if not is_filed(run, server_round)
     }
+
+
+def is_collecting(run: RunDirectory) -> bool:
+    """Whether a process deals with the service now."""
+    try:
+        with (run.path / CERTIFICATION / COURIER_LOCK).open() as lock:
+            return not try_lock(lock)
+    except FileNotFoundError:
+        return False
 
 
 def rounds_text(rounds: Collection[int]) -> str:

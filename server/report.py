@@ -1,5 +1,6 @@
 """Certified accuracy of finished certifications, side by side: a table, a figure, or JSON."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,8 @@ class Curve:
     """What the user named: a run directory or a file of rows."""
     details: Mapping[str, Scalar]
     """The run's settings, flat, under kebab-case keys; empty for a bare file of rows."""
+    sha256: str
+    """Of the file of rows."""
 
 
 def report(
@@ -127,10 +130,17 @@ def load_curve(path: Path) -> Curve:
         details |= {key: value for key, value in settings.items() if key in _TERMS}
     else:
         file, label, details = path, path.name.removesuffix(".tsv"), read_parameters(path) or {}
+    # Taken first: should rows come meanwhile, no picture claims to show more than it does.
+    digest = rows_sha256(file) if file.is_file() else ""
     rows = read_rows(file)
     if not len(rows):
         raise CertificationError(f"{file} has no rows yet: report it once an image is certified.")
-    return Curve(label, rows, path, details)
+    return Curve(label, rows, path, details, digest)
+
+
+def rows_sha256(path: Path) -> str:
+    """Return the hash of a file of rows, which pictures of it name in their metadata."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def with_labels(curves: Sequence[Curve]) -> list[Curve]:
@@ -228,6 +238,9 @@ def to_json(curves: Sequence[Curve], radii: Sequence[float]) -> dict[str, Any]:
 def plot_curves(curves: Sequence[Curve], out_stem: Path) -> list[Path]:
     """Draw certified accuracy against radius, with a 95 % band for the choice of images.
 
+    The hashes of the files of rows stand in the metadata (``Identifier``): they tell what a picture shows,
+    wherever it is copied to.
+
     Returns:
         The files written: ``out_stem``.png and ``out_stem``.svg (its own such ending is dropped).
     """
@@ -250,8 +263,9 @@ def plot_curves(curves: Sequence[Curve], out_stem: Path) -> list[Path]:
         out_stem = out_stem.with_suffix("")
     out_stem.parent.mkdir(parents=True, exist_ok=True)
     written = [out_stem.with_name(f"{out_stem.name}.{ending}") for ending in ("png", "svg")]
+    drawn = {"Identifier": " ".join(curve.sha256 for curve in curves)}
     for path in written:
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=200, metadata=drawn)
     return written
 
 

@@ -14,7 +14,15 @@ from rich.text import Text
 from fedsmooth_core.config import RunConfig
 from server import configuration
 from server.conduct import Conduct
-from server.owed import Delivery, failure_path, failures, is_certified, owed, rounds_text
+from server.owed import (
+    Delivery,
+    failure_path,
+    failures,
+    is_collecting,
+    is_filed,
+    owed,
+    rounds_text,
+)
 from server.report import ROWS_IN_RUN, Curve, load_curve, print_table, table_radii
 from server.run_directory import RunDirectory
 
@@ -64,8 +72,10 @@ class Status:
     """By round, why the certification service does not certify a model."""
     owed: list[int]
     """Rounds that the certification service owes certificates of, newest first."""
+    is_collecting: bool
+    """Whether a process deals with the certification service now."""
     delivery: Delivery
-    """How the dealings with the service stand."""
+    """How the dealings with the service stand, or stood when the last process dealt with it."""
 
 
 def read_status(path: Path) -> Status:
@@ -87,7 +97,7 @@ def read_status(path: Path) -> Status:
     if is_running:
         state = "running"
     elif completed >= last:
-        state = "finished" if is_certified(run, last) else "trained"
+        state = "finished" if is_filed(run, last) else "trained"
     failure = failure_path(run, last)
     curves = _curves(path)
     return Status(
@@ -101,6 +111,7 @@ def read_status(path: Path) -> Status:
         failure.read_text().strip() if failure.is_file() else None,
         failures(run),
         owed(run, config),
+        is_collecting(run),
         Delivery.read(run),
     )
 
@@ -140,7 +151,7 @@ def show_status(path: Path, console: Console, as_json: bool) -> None:
     for server_round, why in status.given_up.items():
         if server_round != status.num_rounds:
             say(f"The model of round {server_round} is not certified: {why}")
-    for line in _owed(status):
+    for line in _owed(status, path):
         say(line)
     if status.certification_failure:
         say(f"The certification failed: {status.certification_failure}")
@@ -198,11 +209,21 @@ def _curves(path: Path) -> list[Curve]:
     ]
 
 
-def _owed(status: Status) -> list[str]:
+def _owed(status: Status, path: Path) -> list[str]:
     """Say what the service owes, how far it is, and why nothing comes if nothing does."""
     if not status.owed:
         return []
     lines = [f"The certification service owes the certificates of {rounds_text(status.owed)}."]
+    if not status.is_collecting:
+        # What an earlier process noted of the service may be over.
+        problem = status.delivery.problem
+        if problem is not None:
+            lines.append(f"The last attempt to collect them ended with: {problem}")
+        if status.state == "running":
+            lines.append("Nothing collects them now: the run does at its end.")
+        else:
+            lines.append(f"Nothing collects them now: fedsmooth certify {path} does.")
+        return lines
     for server_round, (done, total) in status.delivery.under_way.items():
         lines.append(f"Round {server_round}: {done} of {total} images are certified there.")
     if status.delivery.problem is not None:

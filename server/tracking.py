@@ -41,17 +41,29 @@ class TensorBoard:
         self._writer.close()
 
 
-def write_certified(run: RunDirectory, server_round: int, figures: Mapping[str, Any]) -> None:
-    """Write the figures of a certified model (``analysis.summary``) as scalars at its round.
+def write_certified(run: RunDirectory, certified: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write the figures of all certified models (``analysis.summary``), by round, as scalars.
 
-    In a folder of its own, for TensorBoard follows one growing file a folder.
+    The newest model is certified first, and TensorBoard draws points in the order of the file, or drops
+    those that an earlier step follows. So the whole is written again in ascending order, into a new file
+    in a folder of its own.
     """
+    folder = run.tensorboard / "certified"
+    before = list(folder.glob("events.*"))
+    # A TensorBoard that has read an earlier file forgets what it read there.
+    with SummaryWriter(str(folder), purge_step=0) as writer:
+        for server_round in sorted(certified):
+            for name, value in _scalars(certified[server_round]).items():
+                writer.add_scalar(name, value, server_round)
+    for path in before:
+        path.unlink()
+
+
+def _scalars(figures: Mapping[str, Any]) -> dict[str, float]:
     scalars = {
         "certified/average-radius": figures["average_certified_radius"],
         "certified/abstention-rate": figures["abstention_rate"],
     }
     for point in figures["certified_accuracy"]:
         scalars[f"certified/accuracy-at-{point['radius']:g}"] = point["accuracy"]
-    with SummaryWriter(str(run.tensorboard / "certified")) as writer:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, server_round)
+    return scalars
