@@ -18,7 +18,6 @@ import grpc
 import torch
 import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -35,6 +34,7 @@ from server.certification.certification_pb2_grpc import add_CertificationService
 from server.certification.datasets import Datasets
 from server.certification.engine import Engine
 from server.certification.guard import MAX_HEALTH_CALLS, Guard
+from server.certification.health import Health
 from server.certification.http_connections import ImpatientProtocol
 from server.certification.limits import Limits
 from server.certification.metrics import Metrics
@@ -169,7 +169,7 @@ class CertificationServer:
         )
         self._service = Service(self._store, self._engine, self._datasets, limits)
         add_CertificationServicer_to_server(self._service, self._server)
-        self._health = HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(

@@ -383,6 +383,23 @@ def test_health_follows_the_engine_and_needs_no_token(tmp_path, monkeypatch):
         assert unhealthy.value.read() == b"the disk is full.\n"
 
 
+def test_a_watcher_of_health_who_leaves_leaves_the_others_their_news(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.certification.main._HEALTH_SECONDS", 0.01)
+    with (
+        serving(tmp_path) as service,
+        grpc.insecure_channel(service.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=NAME)
+        leaves, stays = stub.Watch(request), stub.Watch(request, timeout=10)
+        assert next(leaves).status == next(stays).status == health_pb2.HealthCheckResponse.SERVING
+        leaves.cancel()
+        while service.server._guard._health_calls["Watch"] > 1:
+            time.sleep(0.01)
+        service.server._engine._problem = "the disk is full."
+        assert next(stays).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 def test_metrics_count_calls_jobs_and_draws(tmp_path):
     with serving(tmp_path, http="127.0.0.1:0") as service, service.client() as client:
         _last(client.watch(client.submit(SPEC, terms(), weights()).key))
