@@ -294,6 +294,13 @@ def _certify(options: argparse.Namespace, console: Console) -> None:
     certify = certify_checkpoint
     if config.service.address is not None:
         certify = certification_commands.certify_at_service
+        if options.service is None:  # but recorded
+            console.print(
+                f"Certifying at {config.service.address}; service.address=null certifies here.",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
     rows = certify(path, config, folder, console)
     show([rows], folder / "curve", config.certification.radius_step, console)
 

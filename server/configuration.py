@@ -5,6 +5,7 @@ Whatever Hydra or the core refuses comes out as a :class:`ConfigError` of one se
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ def with_overrides(recorded: Any, overrides: Sequence[str], where: str) -> RunCo
                 f"{override.input_line} does not concern the certification of a checkpoint: allowed are "
                 f"{', '.join(_OF_CERTIFICATION)}."
             )
-    return _updated(_recorded(recorded, where), parsed)
+    base = _recorded(recorded, where)
+    if any(item.key_or_group == "service.address" and item.value() is None for item in parsed):
+        # That its training had a service certify models binds nobody who certifies one here.
+        base = replace(base, certification=replace(base.certification, every=0))
+    return _updated(base, parsed)
 
 
 def _updated(recorded: RunConfig, overrides: Sequence[Override]) -> RunConfig:

@@ -58,8 +58,8 @@ def is_certified(run: RunDirectory, server_round: int) -> bool:
     png, svg = (run.path / f"{CURVE}.{suffix}" for suffix in ("png", "svg"))
     if not (is_filed(run, server_round) and png.is_file() and svg.is_file()):
         return False
-    # The one written last may be half-written, or still that of another round. Times say nothing: those of a
-    # copy are others.
+    # The one written last may be half-written, or that of another round. File times say nothing, for
+    # a copy has others.
     drawn = svg.read_bytes().rstrip()
     digest = rows_sha256(run.certification(server_round) / ROWS)
     return drawn.endswith(b"</svg>") and digest.encode() in drawn

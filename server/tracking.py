@@ -1,5 +1,6 @@
 """TensorBoard events of a run."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +56,10 @@ def write_certified(run: RunDirectory, certified: Mapping[int, Mapping[str, Any]
         for server_round in sorted(certified):
             for name, value in _scalars(certified[server_round]).items():
                 writer.add_scalar(name, value, server_round)
+    # Emptied, not deleted: a TensorBoard that reads one of them would never come to the next.
     for path in before:
-        path.unlink()
+        if path.stat().st_size:
+            os.truncate(path, 0)
 
 
 def _scalars(figures: Mapping[str, Any]) -> dict[str, float]:

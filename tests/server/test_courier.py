@@ -40,6 +40,7 @@ from server.recorder import RoundRecord, TrainedRound
 from server.run_directory import RunDirectory
 from server.simulation import InProcessGrid
 from server.status import show_status
+from server.tracking import write_certified
 
 SERVICE = ["service.address=127.0.0.1:9", "service.insecure=true", "service.patience_seconds=0"]
 EVERY = [*SERVICE, "certification.every=1"]
@@ -226,6 +227,17 @@ def test_certificates_of_the_service_are_those_of_this_machine(
     at_zero = events.Scalars("certified/accuracy-at-0")
     assert [event.step for event in at_zero] == [1, 2, 3]  # though 3 was certified first
     assert at_zero[0].value == pytest.approx(first["certified_accuracy"][0]["accuracy"])
+
+
+def test_a_tensorboard_that_looks_on_sees_the_points_in_their_order(tmp_path):
+    run = RunDirectory(tmp_path)
+    figures = {"average_certified_radius": 0.1, "abstention_rate": 0.0, "certified_accuracy": []}
+    watching = EventAccumulator(str(run.tensorboard / "certified"))
+    for written in ([3], [2, 3], [1, 2, 3]):
+        write_certified(run, dict.fromkeys(reversed(written), figures))
+        watching.Reload()
+        points = watching.Scalars("certified/average-radius")
+        assert [event.step for event in points] == written
 
 
 def test_progress_is_shown_until_the_job_has_ended(collecting, service):
@@ -692,6 +704,25 @@ def test_a_model_that_is_due_is_written_down(tiny, console):
 
 
 # --- The command line
+
+
+def test_a_model_of_a_run_with_a_service_is_certified_here_where_that_is_said(
+    run, tmp_path, capsys
+):
+    for number, path in enumerate([run.path, run.checkpoint(3)]):
+        main(["certify", str(path), "service.address=null", "-o", str(tmp_path / f"{number}")])
+        assert (tmp_path / f"{number}" / "summary.json").is_file()
+    assert "certifies here" not in capsys.readouterr().out
+    main(["certify", str(run.path), "service.address=null"])
+    assert is_filed(run, 3)
+
+
+def test_whoever_certifies_at_the_recorded_service_is_told_so(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["certify", str(run.checkpoint(3)), "-o", str(tmp_path / "x")])
+    said = capsys.readouterr()
+    assert "Certifying at 127.0.0.1:9; service.address=null certifies here." in said.out
+    assert "is not available" in said.err
 
 
 def test_the_command_collects_what_a_run_is_owed(run, service, monkeypatch, capsys):
