@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from asked_client import SIMULATED, answer, sentence
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
@@ -27,7 +28,6 @@ PLAN = TrainingPlan(
 )
 DIGITS = [str(k) for k in range(10)]
 SPEC = ModelSpec("small_cnn", "he", 10, 1, 8, 8)
-SIMULATED = {"partition-id": 2, "num-partitions": 4, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,22 +48,6 @@ def question(spec=SPEC, model=None, plan=PLAN, class_names=DIGITS, **facts):
     config = ConfigRecord({key: value for key, value in known.items() if value is not None})
     arrays = ArrayRecord((model or initial_model(spec)).state_dict())
     return RecordDict({"arrays": arrays, "config": config})
-
-
-def answer(content, node_config=SIMULATED, kind=MessageType.TRAIN):
-    message = Message(content, 5, kind)
-    message.metadata.__dict__["_message_id"] = "1"
-    return client.app.app(message, Context(1, 5, node_config, RecordDict(), {}))
-
-
-def sentence(reply):
-    assert reply.has_error()
-    assert not reply.has_content()
-    reason = reply.error.reason
-    assert "\n" not in reason
-    assert "Traceback" not in reason
-    assert reason[-1] in ".?"
-    return reason
 
 
 def write_images(root, classes=("cat", "dog"), size=8):

@@ -2,14 +2,15 @@
 
 import shutil
 
+import asked_client
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from asked_client import SIMULATED, sentence
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
-import client.app
 from client.certification import Order, certified_counts
 from client.local_data import OwnImages, images_to_certify
 from client.node import NodeFacts
@@ -27,7 +28,6 @@ PLAN = TrainingPlan(seed=5, partition=PartitionConfig(num_clients=4, samples_per
 DIGITS = [str(k) for k in range(10)]
 SPEC = ModelSpec("small_cnn", "he", 10, 1, 8, 8)
 RGB = ModelSpec("small_cnn", "he", 2, 3, 8, 8)
-SIMULATED = {"partition-id": 2, "num-partitions": 4, "device": "cpu"}
 PROCEDURE = Procedure(sigma=0.25, n0=20, n=100, alpha=0.001, seed=5)
 RADII = [0.0, 0.25]
 
@@ -54,19 +54,7 @@ def question(spec=SPEC, model=None, class_names=DIGITS, **facts):
 
 
 def answer(content, node_config=SIMULATED):
-    message = Message(content, 5, MessageType.EVALUATE)
-    message.metadata.__dict__["_message_id"] = "1"
-    return client.app.app(message, Context(1, 5, node_config, RecordDict(), {}))
-
-
-def sentence(reply):
-    assert reply.has_error()
-    assert not reply.has_content()
-    reason = reply.error.reason
-    assert "\n" not in reason
-    assert "Traceback" not in reason
-    assert reason[-1] in ".?"
-    return reason
+    return asked_client.answer(content, node_config, MessageType.EVALUATE)
 
 
 def write_images(root, classes=("cat", "dog"), splits=("train", "test"), per_class=5):
