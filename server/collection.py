@@ -126,9 +126,6 @@ def collect(
         FedSmoothError: without patience, what somebody has to mend.
     """
 
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
     told = ""
     known: list[int] = []
     under_way: dict[str, list[int]] = {}
@@ -155,13 +152,17 @@ def collect(
                 if is_final and patience is None:
                     raise
             if problem != told:
-                say(f"Waiting for certificates: {problem}")
+                _say(console, f"Waiting for certificates: {problem}")
                 told = problem
             since = since or time.monotonic()
             if is_final or (patience is not None and time.monotonic() - since >= patience):
                 break
             time.sleep(pause)
     _report(config, run, also, console, told)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _is_final(error: Exception) -> bool:
@@ -189,27 +190,25 @@ def _show_job(courier: Courier, server_round: int, console: Console) -> None:
 def _report(
     config: RunConfig, run: RunDirectory, also: Collection[int], console: Console, reason: str
 ) -> None:
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
     if (last := last_filed(run)) is not None:
         # Drawn already, unless a courier was killed over it.
         picture = None if is_certified(run, last) else run.path / CURVE
         report([run.path], picture, config.certification.radius_step, as_json=False)
-        say(f"Picture: {run.path / CURVE}.png")
-    wanted = sorted({*due(run, config), *also})
+        _say(console, f"Picture: {run.path / CURVE}.png")
+    newest = max({*due(run, config), *also}, default=None)
     given_up = failures(run)
     for server_round, why in given_up.items():
-        if server_round != wanted[-1]:
-            say(f"The model of round {server_round} is not certified: {why}")
+        if server_round != newest:
+            _say(console, f"The model of round {server_round} is not certified: {why}")
     if left := owed(run, config, also):
-        say(
-            f"The certification service still owes the certificates of {rounds_text(left)}: {reason}"
+        _say(
+            console,
+            f"The certification service still owes the certificates of {rounds_text(left)}: {reason}",
         )
-        say(f"Collect them later: fedsmooth certify {run.path}")
-    if wanted and wanted[-1] in given_up:
+        _say(console, f"Collect them later: fedsmooth certify {run.path}")
+    if newest in given_up:
         raise CertificationError(
-            f"The model of round {wanted[-1]} is not certified: {given_up[wanted[-1]]}"
+            f"The model of round {newest} is not certified: {given_up[newest]}"
         )
 
 

@@ -56,10 +56,7 @@ class Online:
         Raises:
             FedSmoothError: when the request cannot be answered.
         """
-        job = await self._model(request.model)
-        sigma = request.sigma if request.HasField("sigma") else job.terms.procedure.sigma
-        seed = self._seed(request.seed if request.HasField("seed") else None)
-        images = self._images(request.images, job)
+        job, sigma, seed, images = await self._question(request)
         self._check(sigma, request.alpha, {"n": request.n}, len(images))
 
         def work(model: nn.Module) -> list[int]:
@@ -94,10 +91,7 @@ class Online:
         Raises:
             FedSmoothError: when the request cannot be answered.
         """
-        job = await self._model(request.model)
-        sigma = request.sigma if request.HasField("sigma") else job.terms.procedure.sigma
-        seed = self._seed(request.seed if request.HasField("seed") else None)
-        images = self._images(request.images, job)
+        job, sigma, seed, images = await self._question(request)
         self._check(sigma, request.alpha, {"n0": request.n0, "n": request.n}, len(images))
 
         def work(model: nn.Module) -> list[tuple[int, float]]:
@@ -129,6 +123,15 @@ class Online:
             alpha=request.alpha,
             weights_sha256=job.weights,
         )
+
+    async def _question(
+        self, request: pb.PredictRequest | pb.CertifyRequest
+    ) -> tuple[Job, float, int, Tensor]:
+        """Return the model's job, the noise level, the seed of the noise, and the images."""
+        job = await self._model(request.model)
+        sigma = request.sigma if request.HasField("sigma") else job.terms.procedure.sigma
+        seed = self._seed(request.seed if request.HasField("seed") else None)
+        return job, sigma, seed, self._images(request.images, job)
 
     async def _model(self, name: str) -> Job:
         job = await asyncio.to_thread(self._store.find_model, name)

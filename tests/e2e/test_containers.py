@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -280,6 +281,8 @@ def the_artefacts_are_on_the_host(run):
 def the_page_knows_the_run(deployment):
     address = f"http://127.0.0.1:{deployment.environment['FEDSMOOTH_PAGE']}"
     with urllib.request.urlopen(f"{address}/runs/run", timeout=10) as answer:
-        assert f"{ROUNDS}" in answer.read().decode()
+        models = re.findall(r'/jobs/[0-9a-f]{64}">(\d+)</a>', answer.read().decode())
+    assert {int(server_round) for server_round in models} == set(range(1, ROUNDS + 1))
     with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
-        assert "certif" in answer.read().decode()
+        done = re.search(r'fedsmooth_certifier_jobs\{state="done"\} (\S+)', answer.read().decode())
+    assert float(done[1]) >= 1

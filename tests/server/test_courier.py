@@ -293,6 +293,14 @@ def test_a_model_that_is_refused_for_good_is_given_up(collecting, config, run, s
     assert "The certification failed: n=100 is above the limit of 10." in status_of(run)
 
 
+def test_a_model_given_up_earlier_is_told_of_where_nothing_is_due_any_more(collecting, config, run):
+    failure_path(run, 2).parent.mkdir(parents=True)
+    failure_path(run, 2).write_text("n is above the limit.\n")
+    nothing = replace(config, certification=replace(config.certification, every=0, at_end=False))
+    said = collecting(settings=nothing)
+    assert "The model of round 2 is not certified: n is above the limit." in said
+
+
 def test_a_model_that_was_given_up_gets_another_chance(collecting, config, run):
     failure_path(run, 3).parent.mkdir(parents=True)
     failure_path(run, 3).write_text("n=100 is above the limit of 10.\n")
