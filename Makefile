@@ -1,12 +1,14 @@
 # make run   makes the environment, trains federated on the digits, certifies, draws the curve
 # make test  makes the environment, lints, type-checks, tests
 # make deploy  a server, CLIENTS clients and a certifier as containers: trains, certifies, into runs/RUN
-.PHONY: run test slow deploy format clean
+# make bench  measures everything that docs/performance.md quotes; make bench-gpu the same on a GPU
+.PHONY: run test slow deploy bench bench-gpu bench-peers format clean
 .DEFAULT_GOAL := run
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := $(VENV)/peers
 # Overrides for `make run` and `make deploy`, e.g. make run ARGS="experiment=quick seed=1"
 ARGS ?=
 CLIENTS ?= 4
@@ -34,6 +36,22 @@ deploy: export FEDSMOOTH_RUN := $(RUN)
 deploy: export FEDSMOOTH_OVERRIDES := $(ARGS)
 deploy:
 	docker compose up --build --scale client=$(CLIENTS) --exit-code-from train
+
+# Minutes on 2 cores; with the peers where bench-peers installed them.
+bench: $(VENV)/.installed-dev
+	$(or $(wildcard $(PEERS)/bin/python),$(BIN)/python) benchmarks/run.py -o runs/bench.json
+
+# Needs PyTorch with CUDA, NumPy and SciPy alone: an environment is not made, but used where there is one.
+bench-gpu:
+	PYTHONPATH=. $(or $(wildcard $(PEERS)/bin/python),$(wildcard $(BIN)/python),$(PYTHON)) \
+	  benchmarks/run.py --device cuda -o runs/bench-gpu.json
+
+# Other people's programs, which want other versions than ours: an environment of their own on top of ours.
+bench-peers: $(VENV)/.installed-dev
+	$(BIN)/python -m venv --without-pip $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r benchmarks/peers.txt
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

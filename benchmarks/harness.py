@@ -11,6 +11,7 @@ Needs the core's own dependencies alone.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -167,6 +168,37 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the bytes that a call needs at most, beyond what was taken before it.
+
+    On CUDA of PyTorch's allocator; else of this process's resident memory, which Linux with glibc
+    tells (None elsewhere). What worker processes take is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # What earlier calls freed would be taken again unseen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        call()
+        return None
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what a result depends on: hardware, versions, revision, threads, load."""
     model, flags = _processor()
@@ -181,6 +213,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": {
             "torch": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
         "device": _accelerator(device),
         "versions": {
