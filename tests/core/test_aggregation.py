@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsmooth_core import aggregation
 from fedsmooth_core.aggregation import clip_update, update_norm, weighted_mean
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -121,6 +122,128 @@ def test_it_is_pure():
                 assert torch.equal(state["w"], copy)
 
 
+@pytest.fixture
+def small_spans(monkeypatch):
+    """Blocks of a few elements, so that small tensors meet their edges."""
+    monkeypatch.setattr(aggregation, "_SPAN", 8)
+    monkeypatch.setattr(aggregation, "_CPU_BUFFER", 24)
+
+
+@pytest.fixture
+def three_threads():
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(own)
+
+
+@pytest.mark.usefixtures("small_spans", "three_threads")
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 25, 200])
+@pytest.mark.parametrize("num_states", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_no_element_is_lost_at_the_edges_of_a_block(size, num_states, stacked):
+    weights = list(range(1, num_states + 1))
+    for dtype in FLOATS:
+        states = make_states(num_states, (size,), dtype, size)
+        expected = oracle(states, weights)
+        if stacked:
+            stack = torch.stack([state["w"] for state in states])
+            states = [{"w": row} for row in stack]
+        mean = weighted_mean(states, weights)["w"]
+        tolerance = torch.finfo(dtype).eps / 2 * (np.abs(expected) + 1e-4) + 1e-13
+        assert (np.abs(mean.double().numpy() - expected) <= tolerance).all()
+
+
+def test_blocks_of_the_real_size_are_the_mean_too():
+    for size in (aggregation._SPAN - 1, aggregation._SPAN, 2 * aggregation._SPAN + 1):
+        states = make_states(7, (size,), torch.float32, size)
+        weights = [3, 1, 4, 1, 5, 9, 2]
+        expected = oracle(states, weights)
+        mean = weighted_mean(states, weights)["w"].double().numpy()
+        assert (np.abs(mean - expected) <= 2**-24 * (np.abs(expected) + 1e-4)).all()
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_the_number_of_threads_changes_no_bit_and_stays_what_it_is():
+    states = make_states(5, (3, aggregation._SPAN), torch.float32, 1)
+    in_three = weighted_mean(states, [1, 2, 3, 4, 5])["w"]
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    assert torch.equal(weighted_mean(states, [1, 2, 3, 4, 5])["w"], in_three)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    shape=shapes,
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**32),
+)
+def test_slices_of_one_stack_give_what_separate_tensors_give(rows, shape, dtype, seed):
+    """Rows at equal distances are read as a stack; gaps, repeats and other orders come out the same."""
+    stack = make_states(1, (7, *shape), dtype, seed)[0]["w"]
+    states = [{"w": stack[row]} for row in rows]
+    weights = [10 + row for row in rows]
+    apart = [{"w": state["w"].clone()} for state in states]
+    mean = weighted_mean(states, weights)["w"]
+    assert torch.equal(mean, weighted_mean(apart, weights)["w"])
+
+
+def test_slices_of_one_stack_are_read_without_a_copy():
+    stack = torch.arange(24.0).reshape(4, 2, 3)
+    view = aggregation._as_stack([stack[1], stack[2], stack[3]])
+    assert view.data_ptr() == stack[1].data_ptr()
+    assert torch.equal(view, stack[1:].flatten(1))
+    assert aggregation._as_stack([stack[2], stack[1]]) is None
+    assert aggregation._as_stack([stack[0], stack[1], stack[3]]) is None
+    assert aggregation._as_stack([row.t() for row in stack]) is None
+
+
+def test_neighbours_that_are_no_slices_of_one_storage_are_no_stack():
+    memory = np.zeros(64, np.float32)
+    rows = [torch.from_numpy(memory[start : start + 16]) for start in (0, 16, 32)]
+    assert aggregation._as_stack(rows) is None
+
+
+def test_tensors_of_any_strides_are_averaged():
+    states = [{"w": s["w"].t()} for s in make_states(3, (4, 5), torch.float32, 0)]
+    np.testing.assert_allclose(
+        weighted_mean(states, [1, 2, 3])["w"].numpy(), oracle(states, [1, 2, 3]), rtol=1e-6
+    )
+
+
+def test_it_works_in_inference_mode():
+    states = make_states(3, (4,), torch.float32, 0)
+    expected = weighted_mean(states, [1, 2, 3])["w"]
+    with torch.inference_mode():
+        assert torch.equal(weighted_mean(states, [1, 2, 3])["w"], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_gives_what_the_cpu_gives_without_being_waited_for():
+    states = [
+        {
+            "w": torch.randn(300_000, generator=torch.Generator().manual_seed(k)),
+            "n": torch.tensor(k),
+        }
+        for k in range(60)
+    ]
+    weights = list(range(1, 61))
+    expected = weighted_mean(states, weights)
+    there = [{name: tensor.cuda() for name, tensor in state.items()} for state in states]
+    stack = torch.stack([state["w"] for state in there])
+    for on_device in (there, [{"w": row, "n": torch.tensor(0).cuda()} for row in stack]):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            mean = weighted_mean(on_device, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert mean["w"].is_cuda
+        torch.testing.assert_close(mean["w"].cpu(), expected["w"], rtol=1.2e-7, atol=1e-12)
+    assert int(weighted_mean(there, weights)["n"]) == 59
+
+
 def test_it_takes_parameters_that_require_gradients():
     layer = torch.nn.Linear(2, 2)
     mean = weighted_mean([dict(layer.named_parameters())] * 2, [1, 1])
@@ -186,3 +309,21 @@ def test_clipping_leaves_counters_and_the_given_states_alone():
     assert int(clipped["n"]) == 7
     assert new["w"].tolist() == [3.0, 4.0]
     assert update_norm(new, old) == 5.0
+
+
+def test_the_norm_of_a_long_update_is_that_of_all_its_parts():
+    size = 2 * aggregation._SPAN + 3
+    old, new = make_states(2, (size,), torch.float32, 0)
+    expected = float(np.linalg.norm(new["w"].double().numpy() - old["w"].double().numpy()))
+    assert update_norm(new, old) == pytest.approx(expected, rel=1e-12)
+    assert update_norm({"n": torch.tensor(3)}, {"n": torch.tensor(5)}) == 0.0
+    assert update_norm({"w": torch.zeros(0)}, {"w": torch.zeros(0)}) == 0.0
+
+
+def test_the_norm_leaves_both_models_alone():
+    for dtype in FLOATS:
+        old, new = make_states(2, (3,), dtype, 0)
+        copies = old["w"].clone(), new["w"].clone()
+        update_norm(new, old)
+        assert torch.equal(old["w"], copies[0])
+        assert torch.equal(new["w"], copies[1])
