@@ -279,8 +279,9 @@ def _output(*command: str) -> str | None:
 
 
 def show(section: Section) -> None:
-    """Print a section: its table, notes, and what was left out."""
-    print_table(section.title, section.columns, section.rows)
+    """Print a section: its table where it has one, notes, and what was left out."""
+    if section.rows:
+        print_table(section.title, section.columns, section.rows)
     for note in section.notes:
         print(note)
     for what, why in section.left_out.items():
