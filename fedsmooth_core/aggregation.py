@@ -70,7 +70,7 @@ def weighted_mean(states: Iterable[State], weights: Sequence[float]) -> dict[str
         else:
             mean[name] = torch.stack(tensors).amax(0)
     for device, its_parts in parts.items():
-        _average_all(its_parts, shares.to(device))
+        _average_all(its_parts, shares.to(device, non_blocking=True))
     return mean
 
 

@@ -41,7 +41,7 @@ class Aggregator:
         """Return the new state.
 
         Args:
-            old: the global state that the clients started from.
+            old: the global state that the clients started from, on the device of theirs.
             states: one checked state per client.
             weights: n_k, used by ``fedavg`` alone.
             replies: the messages that the states came in, for Flower's rules; their content is replaced.
@@ -68,7 +68,7 @@ class Aggregator:
         arrays, _ = self._rule.aggregate_train(0, replies)
         assert arrays is not None
         moved = {
-            name: (old[name].double() + update).to(old[name].dtype)
+            name: (old[name].double() + update.to(old[name].device)).to(old[name].dtype)
             for name, update in arrays.to_torch_state_dict().items()
         }
         return mean | moved

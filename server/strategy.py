@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import NamedTuple
 
+import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -28,7 +29,7 @@ from server.conduct import Conduct
 from server.device_certification import DeviceCertification
 from server.exchange import CLOCK_TOLERANCE_SECONDS, Exchange
 from server.recorder import Recorder, TrainedRound
-from server.replies import BadReplyError, Refusal, read_reply, readable
+from server.replies import BadReplyError, GlobalModel, Refusal, read_reply, readable, state_of
 from server.robust import Aggregator
 from server.roster import Roster
 from server.sampling import sample_cohort
@@ -58,6 +59,8 @@ class SmoothAdvFedAvg(FedAvg):
             clients in every runtime; later a quorum will do.
         patience_seconds: how long to wait for those beyond a quorum.
         judge: says what is wrong with a model that cannot be a classifier, or None.
+        record_of: makes the record that a new model is sent in. Flower's own holds bytes; one that holds
+            the tensors keeps the model on its device.
 
     Attributes:
         trained: what the current round, or the last one, did.
@@ -75,6 +78,7 @@ class SmoothAdvFedAvg(FedAvg):
         num_awaited: int,
         patience_seconds: float,
         judge: Callable[[Mapping[str, Tensor]], str | None],
+        record_of: Callable[[dict[str, Tensor]], ArrayRecord] = ArrayRecord.from_torch_state_dict,
     ) -> None:
         super().__init__()
         self.config = config
@@ -83,6 +87,7 @@ class SmoothAdvFedAvg(FedAvg):
         self._conduct = conduct
         self._num_awaited, self._patience = num_awaited, patience_seconds
         self._judge = judge
+        self._record_of = record_of
         self._aggregate = Aggregator(config.aggregation)
         self._exchange = Exchange(self._receive_late)
         self._facts = ConfigRecord({wire.CLASS_NAMES: list(class_names)})
@@ -91,10 +96,11 @@ class SmoothAdvFedAvg(FedAvg):
         self.on_devices = DeviceCertification(config, self._facts, roster, conduct, self._exchange)
         self._max_num_examples = max_num_examples
         self._round = 0
-        self._global: Mapping[str, Tensor] = {}
+        self._global = GlobalModel({})
         self._asked: dict[int, Metadata] = {}
         self._good: dict[int, _GoodReply] = {}
         self._node_of: Mapping[int, int] = {}
+        self._client_of: Mapping[int, int] = {}
         self._sent_at = self._log_at = 0.0
         self._refused_before = 0
 
@@ -161,12 +167,13 @@ class SmoothAdvFedAvg(FedAvg):
             self.trained.attempts,
         )
         self.trained.cohort = sorted(cohort)
-        self._global, self._good, self._asked = arrays.to_torch_state_dict(), {}, {}
+        self._global, self._good, self._asked = GlobalModel(state_of(arrays)), {}, {}
         self._node_of, self._refused_before = nodes, len(self.trained.refused)
+        self._client_of = {nodes[client]: client for client in cohort}
         messages = []
         for client in cohort:
-            facts = ConfigRecord({wire.SERVER_ROUND: server_round, wire.PARTITION_ID: client})
-            facts.update(self._facts)
+            facts = self._facts.copy()
+            facts[wire.SERVER_ROUND], facts[wire.PARTITION_ID] = server_round, client
             message = Message(
                 RecordDict({wire.ARRAYS: arrays, wire.CONFIG: facts}),
                 nodes[client],
@@ -254,10 +261,10 @@ class SmoothAdvFedAvg(FedAvg):
         self.trained.num_clipped = self._aggregate.num_clipped
         self.trained.num_examples = sum(reply.num_examples for reply in good)
         self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
-        self.trained.update_norm = update_norm(new, self._global)
+        self.trained.update_norm = update_norm(new, self._global.on(_device(new)))
         self.trained.seconds["slowest_client"] = min(max(own_work), waited)
         self._add_seconds("aggregate", time.perf_counter() - received)
-        return ArrayRecord(new), metrics
+        return self._record_of(new), metrics
 
     def _plausible_average(self) -> dict[str, Tensor] | None:
         """Average the good replies, but for those that make no classifier; None without a quorum."""
@@ -284,9 +291,10 @@ class SmoothAdvFedAvg(FedAvg):
     def _average(self) -> dict[str, Tensor]:
         # In the order of client numbers, so that the sum does not depend on arrival.
         good = [self._good[client] for client in sorted(self._good)]
+        device = _device(good[0].state)
         return self._aggregate(
-            self._global,
-            [reply.state for reply in good],
+            self._global.on(device),
+            [_moved(reply.state, device) for reply in good],
             [reply.num_examples for reply in good],
             [reply.message for reply in good],
         )
@@ -314,7 +322,7 @@ class SmoothAdvFedAvg(FedAvg):
         """Check one reply to the current attempt."""
         if self._has_enough():
             return
-        client = next(c for c, asked in self._asked.items() if asked is question)
+        client = self._client_of[question.dst_node_id]
         error = reply if isinstance(reply, Error) else reply.error if reply.has_error() else None
         if error is not None:
             self._refuse(client, error.reason or f"Flower's error {error.code}")
@@ -367,3 +375,14 @@ class SmoothAdvFedAvg(FedAvg):
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
         self.trained.seconds[phase] = self.trained.seconds.get(phase, 0.0) + seconds
+
+
+def _device(state: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(state.values())).device
+
+
+def _moved(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Bring a reply to where the others are: clients of one process may compute on several devices."""
+    if _device(state) == device:
+        return state
+    return {name: tensor.to(device) for name, tensor in state.items()}

@@ -12,7 +12,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.replies import BadReplyError, read_reply
+from client.tensor_array import tensor_record
+from server import replies
+from server.replies import BadReplyError, GlobalModel, state_of
 from server.simulation import InProcessGrid
 
 CAP = 1000
@@ -33,6 +35,10 @@ METRICS = {
 @pytest.fixture(autouse=True, scope="module")
 def speaking_as_the_server():
     InProcessGrid(1)
+
+
+def read_reply(message, expected, cap):
+    return replies.read_reply(message, GlobalModel(expected), cap)
 
 
 def reply(arrays=None, metrics=None, content=None):
@@ -296,3 +302,111 @@ def test_a_counter_does_not_run_away(count):
     arrays = ArrayRecord(expected | {"norm.num_batches_tracked": torch.tensor(120)})
     state, _ = read_reply(reply(arrays), expected, CAP)
     assert int(state["norm.num_batches_tracked"]) == 120
+
+
+# --- tensors that never were bytes
+
+
+LARGE = {
+    "large": torch.linspace(-1, 1, 70_000).reshape(7, 10_000),
+    "small": torch.zeros(2, 3, dtype=torch.float64),
+    "empty": torch.zeros(0, 4),
+    "normalise.std": torch.ones(3),
+    "norm.running_var": torch.ones(3),
+    "norm.num_batches_tracked": torch.tensor(100),
+    "flag": torch.tensor([True, False]),
+}
+
+
+def changed(name, value, place=-1):
+    tensor = LARGE[name].clone()
+    tensor.view(-1)[place] = value
+    return {name: tensor}
+
+
+NAN, INF = float("nan"), float("inf")
+FAULTS = {
+    "a NaN at the start": changed("large", NAN, 0),
+    "a NaN in the middle": changed("large", NAN, 35_001),
+    "a NaN at the end": changed("large", NAN),
+    "an infinity": changed("large", INF, 12_345),
+    "a negative infinity": changed("large", -INF, 54_321),
+    "a small NaN": changed("small", NAN, 2),
+    "a small infinity": changed("small", INF),
+    "another normalisation": changed("normalise.std", 2.0),
+    "a normalisation of NaN": changed("normalise.std", NAN),
+    "a negative variance": changed("norm.running_var", -1e-30, 1),
+    "a counter that runs": changed("norm.num_batches_tracked", 2_000_000, 0),
+    "a counter at its end": changed("norm.num_batches_tracked", 2**63 - 1, 0),
+    "another shape": {"large": LARGE["large"].t()},
+    "another dtype": {"large": LARGE["large"].double()},
+    "a tensor more": {"backdoor": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_tensors_are_refused_in_the_words_that_bytes_are(fault):
+    said = []
+    for make in (ArrayRecord, tensor_record):
+        with pytest.raises(BadReplyError) as error:
+            read_reply(reply(make(LARGE | fault)), LARGE, CAP)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert next(iter(fault)) in said[0]
+
+
+def test_tensors_are_taken_as_they_are():
+    good = LARGE | changed("large", torch.finfo(torch.float32).max) | changed("flag", True)
+    good |= changed("norm.num_batches_tracked", 150, 0)
+    for make in (ArrayRecord, tensor_record):
+        state, _ = read_reply(reply(make(good)), LARGE, CAP)
+        assert list(state) == list(LARGE)
+        for name, tensor in good.items():
+            assert torch.equal(state[name], tensor)
+            if make is tensor_record:
+                assert state[name].data_ptr() == tensor.data_ptr()
+
+
+def test_bytes_are_read_without_a_copy(recwarn):
+    arrays = ArrayRecord(LARGE | {"small": LARGE["large"].t()})
+    for name, tensor in state_of(arrays).items():
+        assert torch.equal(tensor, arrays.to_torch_state_dict()[name])
+        data = np.frombuffer(arrays[name].data, np.uint8)
+        if tensor.numel():
+            assert tensor.data_ptr() + tensor.nbytes == data.ctypes.data + len(data)
+    assert not recwarn.list
+
+
+def test_numbers_that_lie_askew_in_their_bytes_are_read():
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (2,), }\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    arrays = ArrayRecord()
+    arrays["x"] = Array("float64", (2,), "numpy.ndarray", data + np.array([1.5, -2.0]).tobytes())
+    assert state_of(arrays)["x"].tolist() == [1.5, -2.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_device_finds_the_same_faults(fault):
+    there = {name: tensor.cuda() for name, tensor in (LARGE | fault).items()}
+    said = []
+    for arrays in (ArrayRecord(LARGE | fault), tensor_record(there)):
+        with pytest.raises(BadReplyError) as error:
+            read_reply(reply(arrays), LARGE, CAP)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_good_reply_is_waited_for_once(recwarn):
+    model = GlobalModel({name: tensor.cuda() for name, tensor in LARGE.items()})
+    message = reply(tensor_record({name: tensor.clone() for name, tensor in model.state.items()}))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        state, _ = replies.read_reply(message, model, CAP)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn.list if "synchroniz" in str(w.message)]) <= 1
+    assert all(tensor.is_cuda for tensor in state.values())

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from client.tensor_array import TensorArray, tensor_record
 from fedsmooth_core.config import (
     TrainingPlan,
     from_flat,
@@ -289,3 +290,26 @@ def test_flowers_own_loop_drives_it_too():
     assert_average_of(result.arrays.to_torch_state_dict(), [0, 2, 3], server_round=2)
     assert list(result.train_metrics_clientapp) == [1, 2]
     assert [refusal.client for refusal in strategy.trained.refused] == [1]
+
+
+def held(content):
+    content["arrays"] = tensor_record(content["arrays"].to_torch_state_dict())
+    return content
+
+
+@pytest.mark.parametrize("aggregation", [{}, {"max_update_norm": 0.5}, {"rule": "median"}])
+def test_tensors_that_never_were_bytes_make_the_same_model(aggregation):
+    expected = run(*federation(5, {}, aggregation), num_rounds=2)
+    strategy, grid = federation(5, dict.fromkeys(range(5), held), aggregation)
+    strategy._record_of = tensor_record
+    assert_same(run(strategy, grid, num_rounds=2), expected)
+    assert strategy.trained.refused == []
+    # Nobody has asked for the bytes of the model that the second round was sent.
+    for array in grid.seen[-1][0].content["arrays"].values():
+        assert isinstance(array, TensorArray)
+        assert "_bytes" not in vars(array)
+
+
+def test_clients_whose_tensors_are_held_and_clients_whose_are_sent_are_averaged_together():
+    strategy, grid = federation(4, {0: held, 2: held})
+    assert_average_of(run(strategy, grid), range(4))
