@@ -91,9 +91,8 @@ def read_reply(
     Raises:
         BadReplyError: with the reason.
     """
-    metrics = reply.content.metric_records.get(wire.METRICS)
-    arrays = reply.content.array_records.get(wire.ARRAYS)
-    if metrics is None or arrays is None:
+    metrics, arrays = reply.content.get(wire.METRICS), reply.content.get(wire.ARRAYS)
+    if not isinstance(metrics, MetricRecord) or not isinstance(arrays, ArrayRecord):
         raise BadReplyError(f"it lacks the record '{wire.ARRAYS}' or '{wire.METRICS}'")
     _check_metrics(metrics, max_num_examples)
     return _read_state(arrays, model), metrics

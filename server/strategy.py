@@ -245,26 +245,29 @@ class SmoothAdvFedAvg(FedAvg):
         if new is None:
             return None, None
         good = [self._good[client] for client in sorted(self._good)]
+        num_examples = sum(reply.num_examples for reply in good)
+        # Plain numbers: Flower's records check the type of every one at each turn.
+        reported = [{name: float(x) for name, x in reply.metrics.items()} for reply in good]  # type: ignore[arg-type]
         # Whatever a client says, it worked no longer than it was waited for.
         waited = received - self._sent_at
-        for reply in good:
+        for own in reported:
             for name in (wire.SETUP_SECONDS, wire.TRAIN_SECONDS):
-                reply.metrics[name] = min(float(reply.metrics[name]), waited)  # type: ignore[arg-type]
-        metrics = self.train_metrics_aggr_fn(
-            [RecordDict({wire.METRICS: reply.metrics}) for reply in good], wire.NUM_EXAMPLES
-        )
-        own_work = [
-            float(reply.metrics[wire.SETUP_SECONDS]) + float(reply.metrics[wire.TRAIN_SECONDS])  # type: ignore[arg-type]
-            for reply in good
-        ]
+                own[name] = min(own[name], waited)
+        shares = [reply.num_examples / num_examples for reply in good]
+        means = {
+            name: sum(share * own[name] for share, own in zip(shares, reported, strict=True))
+            for name in reported[0]
+            if name != wire.NUM_EXAMPLES
+        }
+        own_work = [own[wire.SETUP_SECONDS] + own[wire.TRAIN_SECONDS] for own in reported]
         self.trained.aggregated = sorted(self._good)
         self.trained.num_clipped = self._aggregate.num_clipped
-        self.trained.num_examples = sum(reply.num_examples for reply in good)
-        self.trained.metrics = {name: float(value) for name, value in metrics.items()}  # type: ignore[arg-type]
+        self.trained.num_examples = num_examples
+        self.trained.metrics = means
         self.trained.update_norm = update_norm(new, self._global.on(_device(new)))
         self.trained.seconds["slowest_client"] = min(max(own_work), waited)
         self._add_seconds("aggregate", time.perf_counter() - received)
-        return self._record_of(new), metrics
+        return self._record_of(new), MetricRecord(dict(means))
 
     def _plausible_average(self) -> dict[str, Tensor] | None:
         """Average the good replies, but for those that make no classifier; None without a quorum."""
