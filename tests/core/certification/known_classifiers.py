@@ -46,6 +46,25 @@ def small_network(shape: tuple[int, int, int], num_classes: int = 10) -> nn.Modu
     )
 
 
+def with_statistics(model: nn.Module) -> nn.Module:
+    """The model, its batch normalisation as if it had been trained: nothing is 0 or 1."""
+    generator = torch.Generator().manual_seed(9)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.3, 3, generator=generator)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5, generator=generator)
+                nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+    return model
+
+
+def trained_network(shape: tuple[int, int, int]) -> nn.Module:
+    return with_statistics(small_network(shape))
+
+
 def random_images(num: int, shape: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(11)
     return torch.randint(0, 256, (num, *shape), dtype=torch.uint8, generator=generator)

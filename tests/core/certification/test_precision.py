@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from known_classifiers import random_images, small_network
+from known_classifiers import random_images, small_network, trained_network
 from torch import nn
 
 from fedsmooth_core.certification.precision import in_precision
 from fedsmooth_core.certification.procedure import Procedure, certify_images
 from fedsmooth_core.errors import CertificationError
+from fedsmooth_core.models import ModelSpec, build_model
 
 SHAPE = (3, 5, 5)
 
@@ -25,11 +26,23 @@ class Seen(nn.Module):
         return x.flatten(1) @ self.weight
 
 
-def test_float32_is_the_model_itself_without_tf32():
-    model = small_network(SHAPE)
+def test_float32_is_the_same_function_without_tf32():
+    model = trained_network(SHAPE)
     torch.backends.cudnn.allow_tf32 = True
-    assert in_precision(model, "float32") is model
+    computing = in_precision(model, "float32")
     assert not torch.backends.cudnn.allow_tf32
+    x = random_images(8, SHAPE) / 255
+    torch.testing.assert_close(computing(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_it_computes_in_eval_mode_for_good_and_leaves_the_model_as_it_was():
+    model = trained_network(SHAPE).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    computing = in_precision(model, "float32")
+    assert not any(module.training for module in computing.train().modules())
+    assert model.training
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
 def test_bfloat16_is_a_copy_that_computes_in_it():
@@ -76,6 +89,22 @@ def test_bfloat16_has_the_noise_of_float32():
         )
         inputs.append(torch.cat([*computing.modules()][-1].inputs))
     torch.testing.assert_close(inputs[0].bfloat16(), inputs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["alexnet", "resnet20"])
+def test_scores_on_a_cpu_do_not_depend_on_the_pass_or_the_threads(name, precision):
+    """To the last bit, from 64 images a pass up: what rows of any batch size and workers rest on."""
+    spec = ModelSpec(name, "he", 10, 3, 32, 32)
+    model = build_model(spec, (0.5,) * 3, (0.2,) * 3, torch.Generator().manual_seed(2))
+    computing, x = in_precision(model, precision), random_images(256, (3, 32, 32)) / 255
+    with torch.inference_mode():
+        reference = computing(x)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for size in (64, 128, 256):
+                scores = torch.cat([computing(part) for part in x.split(size)])
+                torch.testing.assert_close(scores, reference, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", ["fixed", "sequential"])
