@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsmooth_core.certification.bounds import (
@@ -14,12 +13,20 @@ from fedsmooth_core.certification.bounds import (
     check_alpha,
     p_a_lower,
 )
-from fedsmooth_core.certification.counting import count_predictions
+from fedsmooth_core.certification.counting import (
+    check_draws,
+    check_sampling,
+    count_group,
+    images_per_group,
+    unit_images,
+)
+from fedsmooth_core.certification.handout import Handout
+from fedsmooth_core.certification.passes import Passes
 from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.errors import CertificationError
 from fedsmooth_core.seeding import Purpose
 
-__all__ = ["CertifiedRow", "certify"]
+__all__ = ["CertifiedRow", "certify", "fixed_rows"]
 
 
 def certify(
@@ -34,7 +41,7 @@ def certify(
     n: int,
     alpha: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | str,
 ) -> Iterator[CertifiedRow]:
     """Certify the smoothed classifier at each image, one row an image, in order.
@@ -61,27 +68,34 @@ def certify(
         alpha: failure probability, in (0, 1).
         seed: of the run.
         batch_size: noisy images in one forward pass, rounded down to whole blocks of
-            ``NOISE_BLOCK``, at least one.
+            ``NOISE_BLOCK``, at least one; None takes what suits the model and the kind of device
+            (:class:`~fedsmooth_core.certification.passes.Passes`).
         device: where to compute.
 
     Raises:
         CertificationError: for an argument outside these ranges, or a model whose scores are not
             (batch, classes >= 2) or not finite.
     """
-    check_alpha(alpha)
+    check_sampling(images, indices, sigma)
     check_labels(images, labels)
-    counted = count_predictions(
-        model,
+    check_draws(Purpose.SELECTION, n0)
+    check_draws(Purpose.ESTIMATION, n)
+    check_alpha(alpha)
+    passes = Passes(model, images.shape[1:], sigma=sigma, device=device, batch_size=batch_size)
+    rows = fixed_rows(
+        passes,
+        Handout(len(images)),
         images,
+        labels,
         indices,
-        [(Purpose.SELECTION, n0), (Purpose.ESTIMATION, n)],
         max_value=max_value,
         sigma=sigma,
+        n0=n0,
+        n=n,
+        alpha=alpha,
         seed=seed,
-        batch_size=batch_size,
-        device=device,
     )
-    return _rows(counted, labels.tolist(), indices, n, alpha, sigma)
+    return (row for _, row in rows)
 
 
 def check_labels(images: Tensor, labels: Tensor) -> None:
@@ -93,31 +107,49 @@ def check_labels(images: Tensor, labels: Tensor) -> None:
         )
 
 
-def _rows(
-    counted: Iterator[tuple[slice, NDArray[np.int64]]],
-    labels: Sequence[int],
+def fixed_rows(
+    passes: Passes,
+    handout: Handout,
+    images: Tensor,
+    labels: Tensor,
     indices: Sequence[int],
+    *,
+    max_value: float,
+    sigma: float,
+    n0: int,
     n: int,
     alpha: float,
-    sigma: float,
-) -> Iterator[CertifiedRow]:
-    started = time.perf_counter()
-    for group, counts in counted:
+    seed: int,
+) -> Iterator[tuple[int, CertifiedRow]]:
+    """Certify what is handed out, as :func:`certify`, whose arguments were checked.
+
+    Yields:
+        Position among the images and row, in the order of what is handed out here.
+    """
+    streams = [(Purpose.SELECTION, n0), (Purpose.ESTIMATION, n)]
+    while positions := handout.take(images_per_group(passes, streams), wait=True):
+        started = time.perf_counter()
+        x = unit_images(images[positions], max_value, passes.device)
+        group = [int(indices[position]) for position in positions]
+        counts = count_group(passes, x, group, streams, seed)
         selection, estimation = counts[:, 0], counts[:, 1]
         top_class = selection.argmax(axis=1)
         k = np.take_along_axis(estimation, top_class[:, np.newaxis], axis=1)[:, 0]
         p_a = p_a_lower(k, n, alpha)
         radius = certified_radius(p_a, sigma)
         predict = np.where(p_a < 0.5, ABSTAIN, top_class)
+        # What the caller does with the rows is not the images' time.
         seconds = (time.perf_counter() - started) / len(counts)
-        for row in range(len(counts)):
-            label = labels[group][row]
-            yield CertifiedRow(
-                idx=int(indices[group][row]),
-                label=label,
-                predict=int(predict[row]),
-                radius=float(radius[row]),
-                correct=int(predict[row] == label),
-                time=seconds,
+        true_classes = labels[positions].tolist()
+        for row, position in enumerate(positions):
+            yield (
+                position,
+                CertifiedRow(
+                    idx=group[row],
+                    label=true_classes[row],
+                    predict=int(predict[row]),
+                    radius=float(radius[row]),
+                    correct=int(predict[row] == true_classes[row]),
+                    time=seconds,
+                ),
             )
-        started = time.perf_counter()  # what the caller did with the rows is not the images' time

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from fedsmooth_core.certification.bounds import ABSTAIN
 from fedsmooth_core.certification.certify import check_labels
 from fedsmooth_core.certification.counting import (
-    BATCHES_PER_GROUP,
-    NOISE_BLOCK,
-    Block,
-    blocks_in,
+    PASSES_PER_GROUP,
     check_draws,
     check_sampling,
-    count_blocks,
+    counted_of_blocks,
     unit_images,
 )
+from fedsmooth_core.certification.handout import Handout, in_order
+from fedsmooth_core.certification.passes import NOISE_BLOCK, Block, Passes
 from fedsmooth_core.certification.row_format import CertifiedRow
 from fedsmooth_core.certification.sequential import SequentialTest, sequential_test
 from fedsmooth_core.seeding import Purpose, torch_generator
@@ -42,7 +41,7 @@ def certify_sequential(
     alpha: float,
     radius_step: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | str,
 ) -> Iterator[CertifiedRow]:
     """Certify the smoothed classifier on a grid of radii, one row an image, in order.
@@ -70,52 +69,73 @@ def certify_sequential(
         alpha: failure probability, in (0, 1).
         radius_step: step of the grid in [0, 1] pixel units, > 0; at most 1,000 radii.
         seed: of the run.
-        batch_size: noisy images in one forward pass, rounded down to whole blocks of
-            ``NOISE_BLOCK``, at least one.
+        batch_size: noisy images in one forward pass, or None, as for ``certify``.
         device: where to compute.
 
     Raises:
         CertificationError: as ``certify``, and for a ``radius_step`` outside its range.
     """
-    check_sampling(images, indices, sigma, batch_size)
+    check_sampling(images, indices, sigma)
     check_labels(images, labels)
     check_draws(Purpose.SELECTION, n0)
     check_draws(Purpose.ESTIMATION, n)
     test = sequential_test(sigma, n, alpha, radius_step)
+    passes = Passes(model, images.shape[1:], sigma=sigma, device=device, batch_size=batch_size)
+    rows = sequential_rows(
+        passes,
+        Handout(len(images)),
+        images,
+        labels,
+        indices,
+        max_value=max_value,
+        test=test,
+        n0=n0,
+        seed=seed,
+    )
+    return in_order(rows)
 
-    def rows() -> Iterator[CertifiedRow]:
-        drawing = _Drawing(test, n0, blocks_in(batch_size))
-        true_classes = labels.tolist()
-        num_started = num_given = 0
-        decided: dict[int, _Flight] = {}
-        while num_given < len(images):
-            started = time.perf_counter()
-            newcomers = range(num_started, min(num_started + drawing.room, len(images)))
-            x = unit_images(images[newcomers.start : newcomers.stop], max_value, device)
-            for position in newcomers:
-                selection, estimation = (
-                    torch_generator(seed, purpose, int(indices[position]), device=device)
-                    for purpose in (Purpose.SELECTION, Purpose.ESTIMATION)
-                )
-                image = x[position - newcomers.start]
-                drawing.start(_Flight(position, image, selection, estimation))
-            num_started = newcomers.stop
-            blocks = drawing.next_blocks()
-            counts = count_blocks(
-                model,
-                torch.stack([flight.x for flight in drawing.flights]),
-                [indices[flight.position] for flight in drawing.flights],
-                blocks,
-                sigma=sigma,
-                batch_size=batch_size,
+
+def sequential_rows(
+    passes: Passes,
+    handout: Handout,
+    images: Tensor,
+    labels: Tensor,
+    indices: Sequence[int],
+    *,
+    max_value: float,
+    test: SequentialTest,
+    n0: int,
+    seed: int,
+) -> Iterator[tuple[int, CertifiedRow]]:
+    """Certify what is handed out, as :func:`certify_sequential`, whose arguments were checked.
+
+    Yields:
+        Position among the images and row, as images are decided.
+    """
+    true_classes = labels.tolist()
+    drawing = _Drawing(test, n0, passes.num_blocks)
+    while True:
+        newcomers = handout.take(drawing.room, wait=not drawing.flights)
+        if not newcomers and not drawing.flights:
+            return
+        started = time.perf_counter()
+        x = unit_images(images[newcomers], max_value, passes.device)
+        for image, position in zip(x, newcomers, strict=True):
+            selection, estimation = (
+                torch_generator(seed, purpose, int(indices[position]), device=x.device)
+                for purpose in (Purpose.SELECTION, Purpose.ESTIMATION)
             )
-            drawing.take_in(counts, time.perf_counter() - started)
-            decided |= {flight.position: flight for flight in drawing.land()}
-            while num_given in decided:
-                yield _row(decided.pop(num_given), indices, true_classes, test)
-                num_given += 1
-
-    return rows()
+            drawing.start(_Flight(position, image, selection, estimation))
+        blocks = drawing.next_blocks()
+        counts = passes.count(
+            torch.stack([flight.x for flight in drawing.flights]),
+            blocks,
+            drawing.num_tallies,
+            [indices[flight.position] for flight in drawing.flights],
+        )
+        drawing.take_in(counts, time.perf_counter() - started)
+        for flight in drawing.land():
+            yield flight.position, _row(flight, indices, true_classes, test)
 
 
 def _row(
@@ -167,16 +187,13 @@ class _Drawing:
     pass draws ahead. That changes when an image is decided, never on which draws.
     """
 
-    def __init__(self, test: SequentialTest, n0: int, blocks_per_batch: int) -> None:
+    def __init__(self, test: SequentialTest, n0: int, blocks_per_pass: int) -> None:
         self.flights: list[_Flight] = []
         self._test = test
-        self._blocks_per_batch = blocks_per_batch
-        self._most_blocks = BATCHES_PER_GROUP * blocks_per_batch
-        self._counted_in_selection = _counted(n0)
-        self._counted = _counted(test.n)
+        self._blocks_per_pass = blocks_per_pass
+        self._most_blocks = PASSES_PER_GROUP * blocks_per_pass
+        self._counted_in_selection = list(counted_of_blocks(n0))
         self._blocks_to_look = -(-test.looks // NOISE_BLOCK)
-        blocks = np.arange(len(self._counted))
-        self._look_of_block = np.searchsorted(self._blocks_to_look, blocks, side="right").tolist()
         self._blocks: list[Block] = []
         self._tallies: dict[tuple[int, int], int] = {}
 
@@ -202,8 +219,13 @@ class _Drawing:
             room = max(0, self._most_blocks - len(self._blocks))
             self._draw(row, min(self._wanted(flight), room))
         for row in range(len(self.flights)):
-            self._draw(row, -len(self._blocks) % self._blocks_per_batch)
+            self._draw(row, -len(self._blocks) % self._blocks_per_pass)
         return self._blocks
+
+    @property
+    def num_tallies(self) -> int:
+        """How many tallies the round's blocks are counted in."""
+        return len(self._tallies)
 
     def take_in(self, counts: NDArray[np.int64], seconds: float) -> None:
         """Add what the round's blocks were predicted as, tallies by classes, and its time."""
@@ -248,16 +270,13 @@ class _Drawing:
 
     def _draw(self, row: int, num_blocks: int) -> None:
         flight = self.flights[row]
-        end = min(flight.num_drawn + num_blocks, len(self._counted))
-        for block in range(flight.num_drawn, end):
-            tally = self._tally(row, self._look_of_block[block])
-            self._blocks.append(Block(row, flight.estimation, tally, self._counted[block]))
+        end = min(flight.num_drawn + num_blocks, int(self._blocks_to_look[-1]))
+        blocks = np.arange(flight.num_drawn, end)
+        look_of_block = np.searchsorted(self._blocks_to_look, blocks, side="right").tolist()
+        for block, look in zip(blocks.tolist(), look_of_block, strict=True):
+            counted = min(NOISE_BLOCK, self._test.n - block * NOISE_BLOCK)
+            self._blocks.append(Block(row, flight.estimation, self._tally(row, look), counted))
         flight.num_drawn = end
 
     def _tally(self, row: int, look: int) -> int:
         return self._tallies.setdefault((row, look), len(self._tallies))
-
-
-def _counted(num_draws: int) -> list[int]:
-    """Return how many draws of each block count."""
-    return [min(NOISE_BLOCK, num_draws - first) for first in range(0, num_draws, NOISE_BLOCK)]

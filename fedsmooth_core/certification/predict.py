@@ -23,7 +23,7 @@ def predict(
     n: int,
     alpha: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | str,
 ) -> NDArray[np.int64]:
     """Predict with the smoothed classifier: n draws, then a two-sided binomial test of the top two.

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fedsmooth_core.certification.bounds import MAX_SIGMA
-from fedsmooth_core.certification.certify import certify
-from fedsmooth_core.certification.certify_sequential import certify_sequential
+from fedsmooth_core.certification.certify import check_labels, fixed_rows
+from fedsmooth_core.certification.certify_sequential import sequential_rows
+from fedsmooth_core.certification.counting import check_sampling
+from fedsmooth_core.certification.handout import Handout, in_order
+from fedsmooth_core.certification.passes import Passes
 from fedsmooth_core.certification.precision import PRECISIONS, in_precision
 from fedsmooth_core.certification.row_format import CertifiedRow
-from fedsmooth_core.certification.sequential import check_grid
+from fedsmooth_core.certification.sequential import check_grid, sequential_test
+from fedsmooth_core.certification.sharding import rows_of_all
 from fedsmooth_core.config import (
     Scalar,
     Section,
@@ -78,30 +82,58 @@ def certify_images(
     *,
     max_value: float,
     procedure: Procedure,
-    batch_size: int,
-    device: torch.device | str,
+    batch_size: int | None,
+    device: torch.device | str | Sequence[torch.device | str],
+    compile: bool = False,
 ) -> Iterator[CertifiedRow]:
     """Certify the smoothed classifier at each image by a procedure, one row an image, in order.
 
     Rows of the method ``sequential`` say their n. The other arguments, the guarantee and what a row
     depends on are those of :func:`~fedsmooth_core.certification.certify.certify`.
 
+    Args:
+        model: as for ``certify``, and what :func:`in_precision` returned; it computes in that form.
+        images: as for ``certify``.
+        labels: as for ``certify``.
+        indices: as for ``certify``.
+        max_value: as for ``certify``.
+        procedure: what decides a row.
+        batch_size: as for ``certify``, on each device.
+        device: where to compute. Of several devices each takes images in a thread of its own; a CPU that
+            is named k times computes with k threads of one core each. Rows are the same.
+        compile: try ``torch.compile``, and keep it where it gains. It may round scores otherwise.
+
     Raises:
         CertificationError: as ``certify``, at the call or as rows are taken.
     """
-    shared: dict[str, Any] = {
-        "max_value": max_value,
-        "sigma": procedure.sigma,
-        "n0": procedure.n0,
-        "n": procedure.n,
-        "alpha": procedure.alpha,
-        "seed": procedure.seed,
-        "batch_size": batch_size,
-        "device": device,
-    }
-    model = in_precision(model, procedure.precision)
-    if procedure.method == "sequential":
-        return certify_sequential(
-            model, images, labels, indices, radius_step=procedure.radius_step, **shared
+    check_sampling(images, indices, procedure.sigma)
+    check_labels(images, labels)
+    devices = [device] if isinstance(device, str | torch.device) else device
+
+    def passes_of(model: nn.Module, device: torch.device) -> Passes:
+        return Passes(
+            model,
+            images.shape[1:],
+            sigma=procedure.sigma,
+            device=device,
+            batch_size=batch_size,
+            compile=compile,
         )
-    return certify(model, images, labels, indices, **shared)
+
+    def rows_of(passes: Passes, handout: Handout) -> Iterator[tuple[int, CertifiedRow]]:
+        what: dict[str, Any] = {"max_value": max_value, "n0": procedure.n0, "seed": procedure.seed}
+        work = passes, handout, images, labels, indices
+        if procedure.method == "sequential":
+            test = sequential_test(
+                procedure.sigma, procedure.n, procedure.alpha, procedure.radius_step
+            )
+            return sequential_rows(*work, test=test, **what)
+        return fixed_rows(
+            *work, sigma=procedure.sigma, n=procedure.n, alpha=procedure.alpha, **what
+        )
+
+    model = in_precision(model, procedure.precision)
+    where = [torch.device(device) for device in devices]
+    if len(where) == 1:
+        return in_order(rows_of(passes_of(model, where[0]), Handout(len(images))))
+    return rows_of_all(where, model, len(images), passes_of, rows_of)

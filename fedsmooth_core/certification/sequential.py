@@ -35,7 +35,7 @@ from fedsmooth_core.certification.bounds import (
     check_sigma,
     p_a_lower,
 )
-from fedsmooth_core.certification.counting import NOISE_BLOCK
+from fedsmooth_core.certification.passes import NOISE_BLOCK
 from fedsmooth_core.errors import CertificationError
 
 LOOK_RATIO = 1.1

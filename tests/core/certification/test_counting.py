@@ -4,7 +4,8 @@ import torch
 from known_classifiers import random_images, small_network
 from torch import nn
 
-from fedsmooth_core.certification.counting import NOISE_BLOCK, count_predictions
+from fedsmooth_core.certification.counting import count_predictions
+from fedsmooth_core.certification.passes import NOISE_BLOCK
 from fedsmooth_core.errors import CertificationError
 from fedsmooth_core.models import Normalise
 from fedsmooth_core.seeding import Purpose, torch_generator
