@@ -6,13 +6,14 @@ noise it is the classic l2 PGD attack: the paper's ablations need no other code.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fedsmooth_core.config import AttackConfig
 from fedsmooth_core.estimators import GradientEstimator
+from fedsmooth_core.smoothing import NoisyClassifier
 
 StepRule = Callable[[Tensor, float], Tensor]
 
@@ -64,7 +65,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def smoothadv_attack(
-    model: nn.Module,
+    model: nn.Module | NoisyClassifier,
     x: Tensor,
     labels: Tensor,
     noise: Tensor,
@@ -74,7 +75,7 @@ def smoothadv_attack(
     """Return adversarial images against the smoothed classifier.
 
     Args:
-        model: the base classifier F; evaluated in eval mode, left as it was.
+        model: the base classifier F. A module is evaluated in eval mode and left as it was.
         x: clean images (B, C, H, W) in [0, 1].
         labels: (B,) int64.
         noise: (m, B, C, H, W), the same draws in every step.
@@ -86,7 +87,7 @@ def smoothadv_attack(
     """
     step_rule = STEP_RULES[config.step_rule]
     x_adv = x
-    with _frozen(model):
+    with _frozen(model) if isinstance(model, nn.Module) else nullcontext():
         for _ in range(config.attack_steps):
             gradient = estimator(model, x_adv, labels, noise)
             x_adv = x_adv + step_rule(gradient, config.step)

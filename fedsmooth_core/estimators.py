@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsmooth_core.config import AttackConfig
-from fedsmooth_core.smoothing import log_smoothed_probability, noisy_logits
+from fedsmooth_core.smoothing import NoisyClassifier, log_smoothed_probability, noisy_logits
+
+Classifier = nn.Module | NoisyClassifier
 
 
 class GradientEstimator(Protocol):
@@ -19,13 +21,13 @@ class GradientEstimator(Protocol):
     The model's own state is left as it is.
     """
 
-    def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor: ...
+    def __call__(self, model: Classifier, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor: ...
 
 
 class Stochastic:
     """Eq. 3: grad_x of -log((1/m) sum_i F_y(x + d_i)), by back-propagation to the input."""
 
-    def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, model: Classifier, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             # A sum over the batch: each image's gradient is its own, whatever the batch size.
@@ -51,7 +53,7 @@ class OnePoint:
         self.variance_reduction = variance_reduction
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, model: Classifier, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         num_noise_vectors = noise.shape[0]
         score = self._probability(model, x, labels, noise)
         if self.variance_reduction == "antithetic":
@@ -63,7 +65,7 @@ class OnePoint:
         return -torch.einsum("mb,mb...->b...", weights, noise)
 
     @staticmethod
-    def _probability(model: nn.Module, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    def _probability(model: Classifier, x: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         """F_y(x + d_i) for every copy: (m, B)."""
         probability = noisy_logits(model, x, noise).softmax(-1)
         return probability.gather(-1, labels.expand(noise.shape[:2]).unsqueeze(-1)).squeeze(-1)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+ENGINES = ("auto", "plain", "stacked", "vmap")
+"""Ways to compute local training, which all do the same: see ``fedsmooth_core.cohort``."""
+
 
 @dataclass(frozen=True)
 class DeviceLimits:
@@ -12,3 +15,5 @@ class DeviceLimits:
     None passes a whole mini-batch at once. Dividing one changes the result by rounding alone."""
     bf16: bool = False
     """Compute in bfloat16 where PyTorch's autocast does; weights and their updates stay float32."""
+    tf32: bool = False
+    """Let CUDA round what it multiplies to TF32 (10 bits of mantissa); a CPU has no use for it."""

@@ -1,6 +1,6 @@
 """LocalTrain: what one client does in one round (the paper's Algorithm, client side)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import make_estimator
 from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.seeding import Purpose, torch_generator
-from fedsmooth_core.smoothing import draw_noise, log_smoothed_probability, noisy_logits
+from fedsmooth_core.smoothing import log_smoothed_probability, noisy_logits, training_noise
 
 _BATCHES, _NOISE = 0, 1  # the two streams of a client's round
 
@@ -30,17 +30,31 @@ class LocalMetrics:
 
 
 def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 2: the batch mean of J = -log G(x)_y, from logits (m, B, classes)."""
-    return -log_smoothed_probability(logits, labels).mean()
+    """Eq. 2: J = -log G(x)_y of each image (B,), from logits (m, B, classes)."""
+    return -log_smoothed_probability(logits, labels)
 
 
 def copies_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over all noisy copies, as in Salman et al. and Cohen et al."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(logits.shape[0]))
+    """Mean cross-entropy over each image's noisy copies (B,), as in Salman et al. and Cohen et al."""
+    of_copy = F.cross_entropy(
+        logits.flatten(0, 1), labels.repeat(logits.shape[0]), reduction="none"
+    )
+    return of_copy.view(logits.shape[:2]).mean(0)
 
 
 _NO_LIMITS = DeviceLimits()
-LOSSES = {"smoothed": smoothed_loss, "cross_entropy": copies_cross_entropy}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smoothed": smoothed_loss,
+    "cross_entropy": copies_cross_entropy,
+}
+
+
+def training_streams(
+    plan: TrainingPlan, server_round: int, client: int, device: torch.device
+) -> tuple[torch.Generator, torch.Generator]:
+    """Return the generators of a client's mini-batches (on the CPU) and of its noise (on ``device``)."""
+    name = (plan.seed, Purpose.LOCAL_TRAINING, server_round, client)
+    return torch_generator(*name, _BATCHES), torch_generator(*name, _NOISE, device=device)
 
 
 def local_train(
@@ -72,12 +86,8 @@ def local_train(
         ConfigError: when the model cannot be trained within the limits.
     """
     device = data.images.device
-    batch_stream = torch_generator(
-        plan.seed, Purpose.LOCAL_TRAINING, server_round, client, _BATCHES
-    )
-    noise_stream = torch_generator(
-        plan.seed, Purpose.LOCAL_TRAINING, server_round, client, _NOISE, device=device
-    )
+    dtype = next(model.parameters()).dtype
+    batch_stream, noise_stream = training_streams(plan, server_round, client, device)
     config, smoothing = plan.training, plan.smoothing
     estimator = make_estimator(plan.attack, smoothing.sigma)
     loss_function = LOSSES[config.loss]
@@ -96,12 +106,21 @@ def local_train(
         batch_stream,
         plan.dataset.flip,
         plan.dataset.crop_padding,
+        dtype,
     )
-    part_size = _part_size(model, min(config.batch_size, len(data)), plan, limits)
+    batch_size = min(config.batch_size, len(data))
+    noises = training_noise(
+        torch.empty((), dtype=dtype, device=device),
+        (batch_size, *data.images.shape[1:]),
+        smoothing.sigma,
+        smoothing.num_noise_vectors,
+        config.local_steps,
+        noise_stream,
+    )
+    part_size = _part_size(model, batch_size, plan, limits)
     classifier = _InBfloat16(model) if limits.bf16 else model
     model.train()
-    for x, labels in batches:
-        noise = draw_noise(x, smoothing.sigma, smoothing.num_noise_vectors, noise_stream)
+    for (x, labels), noise in zip(batches, noises, strict=True):
         optimizer.zero_grad(set_to_none=True)
         for part in _parts(len(x), part_size):
             share = len(x[part]) / len(x)
@@ -111,7 +130,7 @@ def local_train(
             logits = noisy_logits(
                 classifier, x_adv, noise[:, part]
             )  # the attack's own noise once more
-            loss = loss_function(logits, labels[part]) * share
+            loss = loss_function(logits, labels[part]).mean() * share
             loss.backward()
             # Kept on the device: one copy to the host a round, not two a step.
             total_loss += loss.detach()

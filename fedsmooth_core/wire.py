@@ -28,6 +28,8 @@ DEVICE = "device"
 THREADS = "threads"
 MAX_BATCH = "max-batch"
 BF16 = "bf16"
+TF32 = "tf32"
+ENGINE = "engine"
 
 # Metrics of a train reply
 NUM_EXAMPLES = "num-examples"

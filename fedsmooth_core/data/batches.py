@@ -15,7 +15,7 @@ from fedsmooth_core.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """Images and labels on one device, as bytes: a quarter of what float32 would take."""
+    """A client's samples on one device, as bytes: a quarter of what float32 would take."""
 
     images: Tensor
     """uint8, (N, C, H, W), values 0 to ``max_value``."""
@@ -23,6 +23,9 @@ class ClientData:
     """int64, (N,)."""
     max_value: int
     """The uint8 value that means 1.0."""
+    rows: Tensor | None = None
+    """int64, (n,), on the same device: which of the N samples are this client's; None: all of them. So
+    many clients share one data set."""
 
     @classmethod
     def from_dataset(
@@ -42,22 +45,88 @@ class ClientData:
             max_value=dataset.info.max_value,
         )
 
+    def subset(self, rows: npt.NDArray[np.int64]) -> "ClientData":
+        """Return the samples at ``rows`` of these as a client's own; no image is copied."""
+        return ClientData(
+            self.images,
+            self.labels,
+            self.max_value,
+            torch.from_numpy(np.array(rows)).to(self.labels.device),
+        )
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels if self.rows is None else self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @property
     def num_examples(self) -> int:
         """n_k, the weight of this client in the average of the models."""
         return len(self)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, float32 in [0, 1] of shape (B, C, H, W), and labels, int64 (B,).
+    def batch(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return images in [0, 1] of shape (B, C, H, W), and labels, int64 (B,).
 
         Args:
             indices: int64 (B,), on any device; the batch is on the data's device.
+            dtype: of the images.
         """
+        indices = self.places(indices)
+        return self.images[indices].to(dtype) / self.max_value, self.labels[indices]
+
+    def places(self, indices: Tensor) -> Tensor:
+        """Return where in ``images`` this client's samples of these numbers are, on the device."""
         indices = indices.to(self.labels.device)
-        return self.images[indices].to(torch.float32) / self.max_value, self.labels[indices]
+        return indices if self.rows is None else self.rows[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchOrder:
+    """Which samples make the mini-batches of a client's round, and how each is augmented."""
+
+    indices: Tensor
+    """int64 (E, B), numbers of the client's samples."""
+    moves: Tensor
+    """int64 (E, B, 3): row and column of the crop in the padded image, 1 to mirror it."""
+
+
+def draw_order(
+    num_samples: int,
+    batch_size: int,
+    num_batches: int,
+    generator: torch.Generator,
+    flip: bool = False,
+    crop_padding: int = 0,
+) -> BatchOrder:
+    """Draw ``num_batches`` (at least 1) mini-batches of an endless, shuffled stream.
+
+    The stream is one permutation of the samples after another, cut into batches of exactly
+    min(batch_size, N); a batch may straddle two permutations.
+
+    Args:
+        num_samples: N.
+        batch_size: B, at most.
+        num_batches: E.
+        generator: a CPU generator, the source of all draws.
+        flip: whether images are mirrored.
+        crop_padding: black pixels added to each side before a crop.
+
+    Raises:
+        DataError: when there is no sample.
+    """
+    if not num_samples:
+        raise DataError("There is no sample to train on: give this client at least one image.")
+    size = min(batch_size, num_samples)
+    total = size * num_batches
+    num_permutations = -(-total // num_samples)
+    order = [torch.randperm(num_samples, generator=generator) for _ in range(num_permutations)]
+    indices = torch.cat(order)[:total]
+    moves = _draw_moves(total, generator, flip, crop_padding)
+    return BatchOrder(indices.view(num_batches, size), moves.view(num_batches, size, 3))
 
 
 def training_batches(
@@ -67,13 +136,12 @@ def training_batches(
     generator: torch.Generator,
     flip: bool = False,
     crop_padding: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return ``num_batches`` (at least 1) augmented mini-batches of an endless, shuffled stream.
+    """Return the augmented mini-batches of :func:`draw_order`.
 
-    The stream is one permutation of the samples after another, cut into batches of exactly
-    min(batch_size, N); a batch may straddle two permutations. Every draw is made, from the CPU
-    ``generator``, by the time this returns: batches depend neither on the device nor on what else
-    draws from the generator while they are used.
+    Every draw is made, from the CPU ``generator``, by the time this returns: batches depend neither
+    on the device nor on what else draws from the generator while they are used.
 
     Returns:
         Pairs as :meth:`ClientData.batch` gives them, on the data's device.
@@ -81,21 +149,14 @@ def training_batches(
     Raises:
         DataError: when there is no sample.
     """
-    if not len(data):
-        raise DataError("There is no sample to train on: give this client at least one image.")
-    size = min(batch_size, len(data))
-    total = size * num_batches
+    drawn = draw_order(len(data), batch_size, num_batches, generator, flip, crop_padding)
     device = data.labels.device
-    num_permutations = -(-total // len(data))
-    order = [torch.randperm(len(data), generator=generator) for _ in range(num_permutations)]
-    indices = torch.cat(order)[:total].to(device)
-    moves = _draw_moves(total, generator, flip, crop_padding).to(device)
+    indices, moves = drawn.indices.to(device), drawn.moves.to(device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, total, size):
-            part = slice(start, start + size)
-            x, y = data.batch(indices[part])
-            yield _move(x, moves[part], flip, crop_padding), y
+        for these, their_moves in zip(indices, moves, strict=True):
+            x, y = data.batch(these, dtype)
+            yield move_images(x, their_moves, flip, crop_padding), y
 
     return batches()
 
@@ -113,7 +174,7 @@ def augment(x: Tensor, generator: torch.Generator, flip: bool, crop_padding: int
         As ``x``; ``x`` itself when neither is asked for.
     """
     moves = _draw_moves(len(x), generator, flip, crop_padding)
-    return _move(x, moves.to(x.device), flip, crop_padding)
+    return move_images(x, moves.to(x.device), flip, crop_padding)
 
 
 def _draw_moves(count: int, generator: torch.Generator, flip: bool, crop_padding: int) -> Tensor:
@@ -128,7 +189,8 @@ def _draw_moves(count: int, generator: torch.Generator, flip: bool, crop_padding
     return torch.stack(columns, dim=1)
 
 
-def _move(x: Tensor, moves: Tensor, flip: bool, crop_padding: int) -> Tensor:
+def move_images(x: Tensor, moves: Tensor, flip: bool, crop_padding: int) -> Tensor:
+    """Augment images (B, C, H, W) by their moves (B, 3), which a :class:`BatchOrder` holds."""
     if not flip and not crop_padding:
         return x
     size, channels, height, width = x.shape
