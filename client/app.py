@@ -1,7 +1,8 @@
 """The ClientApp: unpack a message, find this device's data, call the core, pack the reply."""
 
 import time
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,13 @@ from torch import nn
 
 from client.local_data import images_to_certify, local_data
 from client.node import OUT_OF_MEMORY, NodeFacts
+from client.tensor_array import state_of, tensor_record
 from fedsmooth_core import wire
-from fedsmooth_core.config import TrainingPlan, from_flat
+from fedsmooth_core.cohort import CohortTrainer, Member, Trained
+from fedsmooth_core.config import SectionT, TrainingPlan, from_flat
 from fedsmooth_core.errors import ConfigError, FedSmoothError
+from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.models import ModelSpec, build_model
-from fedsmooth_core.training import local_train
 
 app = ClientApp()
 
@@ -45,30 +48,158 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One client's round: LocalTrain from the global weights on this device's data."""
-    started = time.perf_counter()
+    ((_, answer),) = _train([(message, context)], _ALONE)
+    if isinstance(answer, Exception):
+        raise answer  # a bug, which Flower answers for
+    return answer
+
+
+class Trainers:
+    """The trainers of a process, one for each kind of node in it.
+
+    Args:
+        workers: clients that train side by side on a CPU; None trains in the calling thread.
+        threads_per_worker: CPU threads of each.
+        is_kept: whether this process answers many rounds, so that data and preparations are kept.
+    """
+
+    def __init__(
+        self, workers: int | None = None, threads_per_worker: int = 1, is_kept: bool = False
+    ) -> None:
+        self.is_kept = is_kept
+        self._make = partial(
+            CohortTrainer,
+            workers=workers,
+            threads_per_worker=threads_per_worker,
+            is_kept=is_kept,
+        )
+        self._made: dict[tuple[torch.device, str, DeviceLimits], CohortTrainer] = {}
+
+    def of(self, device: torch.device, facts: NodeFacts) -> CohortTrainer:
+        """Return the trainer of nodes with these facts."""
+        key = (device, facts.engine, facts.limits)
+        if key not in self._made:
+            self._made[key] = self._make(device, engine=facts.engine, limits=facts.limits)
+        return self._made[key]
+
+
+_ALONE = Trainers()
+
+
+class _Asked(NamedTuple):
+    """A question that can be answered, and what its answer needs."""
+
+    message: Message
+    member: Member
+    set_up_seconds: float
+
+
+def train_together(
+    questions: Iterable[tuple[Message, Context]], trainers: Trainers
+) -> Iterator[Message]:
+    """Answer train messages to any number of clients; each as if it had been asked alone.
+
+    Those who are asked for the same round with the same plan and weights train as one cohort. Replies
+    come as they are made, not in the order of the questions; a bug at one client is its error reply.
+    """
+    for question, answer in _train(questions, trainers):
+        if isinstance(answer, Exception):
+            reason = f"{type(answer).__name__}: {answer}"
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            yield Message(error, reply_to=question)
+        else:
+            yield answer
+
+
+class _Asked(NamedTuple):
+    """A question that can be answered, and what its answer needs."""
+
+    question: Message
+    member: Member
+    set_up_seconds: float
+
+
+class _Same(NamedTuple):
+    """What the clients of a cohort share."""
+
+    trainer: CohortTrainer
+    device: torch.device
+    plan: TrainingPlan
+    spec: ModelSpec
+    server_round: int
+    weights: int
+    """Which record, not which weights: to compare those would take longer than to load them."""
+
+
+_Answer = tuple[Message, Message | Exception]
+"""A question, and its reply or the bug that stands in its way."""
+
+
+def _train(questions: Iterable[tuple[Message, Context]], trainers: Trainers) -> Iterator[_Answer]:
+    cohorts: dict[_Same, list[_Asked]] = {}
+    for question, context in questions:
+        started = time.perf_counter()
+        try:
+            task = _read(question)
+            facts = NodeFacts.read(context.node_config)
+            device = facts.prepare()
+            data = local_data(
+                facts,
+                task.plan,
+                task.spec,
+                task.class_names,
+                task.client,
+                device,
+                trainers.is_kept,
+            )
+            trainer = trainers.of(device, facts)
+        except FedSmoothError as error:
+            yield question, _refusal(error, question)
+            continue
+        weights = id(question.content.array_records[wire.ARRAYS])
+        same = _Same(trainer, device, task.plan, task.spec, task.server_round, weights)
+        asked = _Asked(question, Member(task.client, data), time.perf_counter() - started)
+        cohorts.setdefault(same, []).append(asked)
+    for same, members in cohorts.items():
+        yield from _train_cohort(same, members)
+
+
+def _train_cohort(same: _Same, cohort: Sequence[_Asked]) -> Iterator[_Answer]:
+    waiting = dict(enumerate(cohort))
     try:
-        task = _read(message)
-        facts = NodeFacts.read(context.node_config)
-        device = facts.prepare()
-        data = local_data(facts, task.plan, task.spec, task.class_names, task.client, device)
-        model = _load_model(task.spec, message.content.array_records[wire.ARRAYS], device)
-        set_up = time.perf_counter()
-        result = local_train(model, data, task.plan, task.server_round, task.client, facts.limits)
-    except FedSmoothError as error:
-        return _refusal(error, message)
-    except torch.OutOfMemoryError:
-        return _refusal(ConfigError(OUT_OF_MEMORY), message)
+        arrays = cohort[0].question.content.array_records[wire.ARRAYS]
+        model = _load_model(same.spec, arrays, same.device)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        outcomes = same.trainer.train(
+            model, state, [asked.member for asked in cohort], same.plan, same.server_round
+        )
+        for place, outcome in outcomes:
+            asked = waiting.pop(place)
+            yield asked.question, _answer(asked, outcome)
+    except FedSmoothError as error:  # of all of them: the weights, or the engine
+        for asked in waiting.values():
+            yield asked.question, _refusal(error, asked.question)
+
+
+def _answer(asked: _Asked, outcome: Trained | Exception) -> Message | Exception:
+    if isinstance(outcome, FedSmoothError):
+        return _refusal(outcome, asked.question)
+    if isinstance(outcome, torch.OutOfMemoryError):
+        return _refusal(ConfigError(OUT_OF_MEMORY), asked.question)
+    if isinstance(outcome, Exception):
+        return outcome
     metrics = MetricRecord(
         {
-            wire.NUM_EXAMPLES: data.num_examples,
-            wire.TRAIN_LOSS: result.loss,
-            wire.TRAIN_ACCURACY: result.accuracy,
-            wire.SETUP_SECONDS: set_up - started,
-            wire.TRAIN_SECONDS: time.perf_counter() - set_up,
+            wire.NUM_EXAMPLES: asked.member.data.num_examples,
+            wire.TRAIN_LOSS: outcome.metrics.loss,
+            wire.TRAIN_ACCURACY: outcome.metrics.accuracy,
+            wire.SETUP_SECONDS: asked.set_up_seconds,
+            wire.TRAIN_SECONDS: outcome.seconds,
         }
     )
-    arrays = ArrayRecord(model.state_dict())
-    return Message(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}), reply_to=message)
+    arrays = tensor_record(outcome.state)
+    content = RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics})
+    return Message(content, reply_to=asked.question)
 
 
 @app.evaluate()
@@ -113,19 +244,25 @@ def _read(message: Message) -> _Task:
             "client must be of the same version."
         )
 
-    def part(prefix: str) -> dict[str, object]:
-        return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+    def part(prefix: str) -> tuple[tuple[str, object], ...]:
+        return tuple((k.removeprefix(prefix), v) for k, v in config.items() if k.startswith(prefix))
 
     facts = [config.get(key) for key in (wire.CLASS_NAMES, wire.PARTITION_ID, wire.SERVER_ROUND)]
     match facts:
         case [list(names), int(client), int(server_round)]:
-            plan = from_flat(TrainingPlan, part(wire.PLAN_PREFIX))
-            spec = from_flat(ModelSpec, part(wire.SPEC_PREFIX))
+            plan = _section(TrainingPlan, part(wire.PLAN_PREFIX))
+            spec = _section(ModelSpec, part(wire.SPEC_PREFIX))
             return _Task(plan, spec, [str(name) for name in names], client, server_round)
     raise ConfigError(
         f"The server's message has {wire.CLASS_NAMES}, {wire.PARTITION_ID} and {wire.SERVER_ROUND} "
         f"of {facts!r}: server and client must be of the same version."
     )
+
+
+# A cohort's messages say the same plan; reading it takes as long as the rest of a message.
+@lru_cache(maxsize=8)
+def _section(cls: type[SectionT], items: tuple[tuple[str, object], ...]) -> SectionT:
+    return from_flat(cls, dict(items))
 
 
 @lru_cache(maxsize=2)
@@ -139,7 +276,7 @@ def _skeleton(spec: ModelSpec, device: torch.device) -> nn.Module:
 def _load_model(spec: ModelSpec, arrays: ArrayRecord, device: torch.device) -> nn.Module:
     model = _skeleton(spec, device)
     try:
-        model.load_state_dict(arrays.to_torch_state_dict(), strict=True)
+        model.load_state_dict(state_of(arrays), strict=True)
     except RuntimeError as error:
         raise ConfigError(
             f"The server's weights do not fit the architecture {spec.name!r} of this client: server "

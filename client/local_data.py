@@ -12,7 +12,7 @@ import torch
 
 from client.node import NodeFacts
 from fedsmooth_core import wire
-from fedsmooth_core.config import DatasetConfig, TrainingPlan
+from fedsmooth_core.config import DatasetConfig, PartitionConfig, TrainingPlan
 from fedsmooth_core.data import (
     ArrayDataset,
     ClientData,
@@ -55,8 +55,11 @@ def local_data(
     class_names: Sequence[str],
     client: int,
     device: torch.device,
+    shared: bool = False,
 ) -> ClientData:
     """Load what this client trains on: its own folder, or its partition of the plan's data set.
+
+    Where many clients live in one process, ``shared`` keeps the data set on the device, once for all.
 
     ``spec`` and ``class_names`` are the federation's: what a device holds must fit its model, and
     label k must mean the same everywhere. ``client`` is the number that the server handed out; a
@@ -66,8 +69,25 @@ def local_data(
         ConfigError, DataError: one sentence about what is wrong with the node or its data.
     """
     dataset = _open(facts, plan, spec, class_names, "train")
-    indices = None if facts.data_path is not None else _dealt(facts, plan, dataset, client)
-    return ClientData.from_dataset(dataset, indices, device)
+    if facts.data_path is not None:
+        return ClientData.from_dataset(dataset, None, device)
+    if shared:
+        whole = _resident(dataset, device)
+        return whole.subset(_dealt_once(dataset, plan.partition, plan.seed, _number(facts, client)))
+    return ClientData.from_dataset(dataset, _dealt(facts, plan, dataset, client), device)
+
+
+# A data set is one object a process, see _data_set, so its identity will do.
+@lru_cache(maxsize=2)
+def _resident(dataset: ArrayDataset, device: torch.device) -> ClientData:
+    return ClientData.from_dataset(dataset, None, device)
+
+
+@lru_cache(maxsize=10_000)
+def _dealt_once(
+    dataset: ArrayDataset, partition: PartitionConfig, seed: int, number: int
+) -> npt.NDArray[np.int64]:
+    return client_indices(dataset.labels, partition, seed, number)
 
 
 def images_to_certify(

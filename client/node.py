@@ -28,6 +28,8 @@ _KNOWN = (
     wire.THREADS,
     wire.MAX_BATCH,
     wire.BF16,
+    wire.TF32,
+    wire.ENGINE,
 )
 
 _THREADS_PER_CORE = 4  # more are of no use, and thousands of them crash PyTorch
@@ -60,6 +62,8 @@ class NodeFacts:
     """CPU threads of PyTorch; None leaves its default."""
     limits: DeviceLimits = field(default_factory=DeviceLimits)
     """The largest batch that fits, and the precision."""
+    engine: str = "auto"
+    """How local training is computed: see ``fedsmooth_core.cohort``."""
 
     @classmethod
     def read(cls, node_config: Mapping[str, Scalar]) -> "NodeFacts":
@@ -84,8 +88,11 @@ class NodeFacts:
             device=_text(node_config, wire.DEVICE) or cls.device,
             threads=_threads(node_config),
             limits=DeviceLimits(
-                max_batch=_count(node_config, wire.MAX_BATCH), bf16=_flag(node_config, wire.BF16)
+                max_batch=_count(node_config, wire.MAX_BATCH),
+                bf16=_flag(node_config, wire.BF16),
+                tf32=_flag(node_config, wire.TF32),
             ),
+            engine=_text(node_config, wire.ENGINE) or cls.engine,
         )
         if facts.data_path is not None and facts.partition is not None:
             raise ConfigError(

@@ -18,6 +18,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.limits import ENGINES
 
 Scalar = str | int | float | bool
 T = TypeVar("T")
@@ -367,8 +368,12 @@ class CertificationConfig(Section):
     """In which the model computes. A certificate is about the model in this precision: serve it so."""
     num_images: int | None = setting(None, at_least(1))
     """Test images to certify, evenly spaced (every k-th); null certifies all of them."""
-    batch_size: int = setting(512, at_least(1))
-    """Noisy images in one forward pass. Changes the speed, never a certificate."""
+    batch_size: int | None = setting(None, at_least(1))
+    """Noisy images in one forward pass, on each device; null takes what is fast for the model. Changes the
+    speed, never a certificate."""
+    compile: bool = False
+    """Try ``torch.compile`` (a CPU needs a C++ compiler) and keep it where it gains: stderr says so. It may
+    round a score otherwise, so a count may differ by a draw."""
     radius_step: float = setting(0.25, above(0))
     """Grid step of the printed table; with ``sequential`` also of the radii that are decided."""
 
@@ -423,7 +428,14 @@ class RuntimeConfig(Section):
     device: str = setting("auto", one_of("auto", "cpu", "cuda"))
     """``auto`` is CUDA where there is one. In a simulation the clients use it too."""
     threads: int | None = setting(None, at_least(1))
-    """CPU threads of PyTorch; null leaves its default."""
+    """CPU threads of PyTorch; null leaves its default. A simulation on a CPU trains as many clients side by
+    side, each in one thread, or in more where a cohort is smaller."""
+    engine: str = setting("auto", one_of(*ENGINES))
+    """How a simulation computes local training; the results agree to rounding. ``auto`` takes what is fast
+    for device and model, ``plain`` is the algorithm's own loop."""
+    precision: str = setting("float32", one_of("float32", "tf32", "bfloat16"))
+    """In which a simulation's clients compute; weights and their updates stay float32. ``tf32`` is float32
+    on a CPU."""
     metrics_address: str | None = setting(None, HOST_AND_PORT)
     """Where the server serves Prometheus metrics while it trains, as HOST:PORT; null serves none."""
 

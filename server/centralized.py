@@ -9,11 +9,12 @@ from rich.console import Console
 
 from fedsmooth_core import wire
 from fedsmooth_core.aggregation import update_norm
+from fedsmooth_core.cohort import CohortTrainer, Member
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.data import ClientData
 from fedsmooth_core.errors import TrainingError
+from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.models import build_model
-from fedsmooth_core.training import local_train
 from server.finish import certify_run
 from server.recorder import Observer, Recorder, TrainedRound
 from server.run_directory import RunDirectory
@@ -45,24 +46,32 @@ def _train(recorder: Recorder) -> None:
     config, info = recorder.config, recorder.train_set.info
     data = ClientData.from_dataset(recorder.train_set, None, recorder.device)
     model = build_model(recorder.spec, info.mean, info.std, torch.Generator())
-    model.load_state_dict(recorder.state)
     model.to(recorder.device)
+    state = {name: tensor.to(recorder.device) for name, tensor in recorder.state.items()}
+    precision = config.runtime.precision
+    limits = DeviceLimits(bf16=precision == "bfloat16", tf32=precision == "tf32")
+    trainer = CohortTrainer(recorder.device, config.runtime.engine, limits, is_kept=True)
     with recorder:
         for server_round in range(recorder.completed_rounds + 1, config.federation.num_rounds + 1):
             started = time.perf_counter()
-            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            result = local_train(model, data, config.plan, server_round, _POOL)
-            if not math.isfinite(result.loss):
+            members = [Member(_POOL, data)]
+            ((_, result),) = trainer.train(model, state, members, config.plan, server_round)
+            if isinstance(result, Exception):
+                raise result
+            if not math.isfinite(result.metrics.loss):
                 raise TrainingError(
                     f"Training diverged in round {server_round}: lower training.learning_rate="
                     f"{config.training.learning_rate} and start a new run."
                 )
-            state = model.state_dict()
+            before, state = state, result.state
             trained = TrainedRound(
                 cohort=[_POOL],
                 aggregated=[_POOL],
                 attempts=1,
-                metrics={wire.TRAIN_LOSS: result.loss, wire.TRAIN_ACCURACY: result.accuracy},
+                metrics={
+                    wire.TRAIN_LOSS: result.metrics.loss,
+                    wire.TRAIN_ACCURACY: result.metrics.accuracy,
+                },
                 num_examples=data.num_examples,
                 update_norm=update_norm(state, before),
                 seconds={"train": time.perf_counter() - started},

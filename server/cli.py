@@ -206,19 +206,16 @@ def _superlink_option(sub: argparse.ArgumentParser) -> None:
 
 def _simulate(options: argparse.Namespace, console: Console) -> None:
     # Imported here: Flower and torch take seconds, and `fedsmooth report` needs neither.
-    from server.federation import run_federation
     from server.observers import standard_observers
     from server.progress import TrainingProgress
-    from server.simulation import InProcessGrid, quiet_flower
+    from server.simulation import quiet_flower, simulate
 
     quiet_flower()
 
     def run(config: RunConfig) -> Path:
         progress = TrainingProgress(console)
-        grid = InProcessGrid(
-            config.partition.num_clients, config.runtime.device, progress.client_done
-        )
-        return run_federation(config, grid, console, standard_observers(progress, console)).path
+        observers = standard_observers(progress, console)
+        return simulate(config, console, observers, progress.client_done).path
 
     _run_all(options, console, run)
 

@@ -5,18 +5,27 @@ one batch. The one place that joins both ends.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+import torch
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from rich.console import Console
 
 import client.app
+from client.app import Trainers, train_together
+from client.tensor_array import tensor_record
 from fedsmooth_core import wire
+from fedsmooth_core.config import RunConfig, Scalar
+from server.federation import run_federation
+from server.recorder import Observer
+from server.run_directory import RunDirectory
 
 _RUN_ID = 1
 _SERVER_NODE_ID = 1
@@ -27,12 +36,46 @@ def quiet_flower() -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
 
+def node_facts(config: RunConfig) -> dict[str, Scalar]:
+    """Return what the run's settings say about the machine that plays all clients."""
+    facts: dict[str, Scalar] = {wire.ENGINE: config.runtime.engine}
+    if config.runtime.precision == "bfloat16":
+        facts[wire.BF16] = True
+    elif config.runtime.precision == "tf32":
+        facts[wire.TF32] = True
+    return facts
+
+
+def simulate(
+    config: RunConfig,
+    console: Console,
+    observers: Sequence[Observer],
+    on_reply: Callable[[], None] = lambda: None,
+) -> RunDirectory:
+    """Run a federation in this process; its models stay on the device from round to round.
+
+    Raises:
+        FedSmoothError: one sentence about what is wrong with the configuration, data or run.
+    """
+    grid = InProcessGrid(
+        config.partition.num_clients,
+        config.runtime.device,
+        on_reply,
+        facts=node_facts(config),
+        cohort_size=config.cohort_size,
+    )
+    return run_federation(config, grid, console, observers, tensor_record)
+
+
 class InProcessGrid(Grid):
     """A Grid with ``num_clients`` simulated nodes that share this process and its device.
 
     Args:
         num_clients: nodes; node 2 + k is the client of partition k.
         device: what each node's configuration says about its accelerator.
+        facts: what it says besides.
+        cohort_size: clients that train at once; None means all. It decides the CPU threads of each, so
+            that a client's result does not depend on who else is asked.
         on_reply: called after each reply, for progress.
         client_app: what the nodes run.
     """
@@ -43,6 +86,8 @@ class InProcessGrid(Grid):
         device: str = "auto",
         on_reply: Callable[[], None] = lambda: None,
         client_app: ClientApp = client.app.app,
+        facts: Mapping[str, Scalar] = MappingProxyType({}),
+        cohort_size: int | None = None,
     ) -> None:
         # Flower's Message constructor reads who is speaking from here.
         TaskIdentity.run_id = _RUN_ID
@@ -51,6 +96,8 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(_RUN_ID)
         self._client_app = client_app
         self._on_reply = on_reply
+        self._cohort_size = cohort_size or num_clients
+        self._trainers: Trainers | None = None
         self._replies: dict[str, Message] = {}
         self._contexts = {
             _SERVER_NODE_ID + 1 + partition: Context(
@@ -60,6 +107,7 @@ class InProcessGrid(Grid):
                     wire.PARTITION_ID: partition,
                     wire.NUM_PARTITIONS: num_clients,
                     wire.DEVICE: device,
+                    **facts,
                 },
                 state=RecordDict(),
                 run_config={},
@@ -106,10 +154,25 @@ class InProcessGrid(Grid):
         return list(self._answer(messages))
 
     def _answer(self, messages: Iterable[Message]) -> Iterator[Message]:
+        questions = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
+            questions.append((message, self._contexts[message.metadata.dst_node_id]))
+        for reply in self._replies_to(questions):
+            reply.metadata.__dict__["_message_id"] = str(uuid4())
+            self._on_reply()
+            yield reply
+
+    def _replies_to(self, questions: Sequence[tuple[Message, Context]]) -> Iterator[Message]:
+        to_train = self._client_app is client.app.app and all(
+            message.metadata.message_type == MessageType.TRAIN for message, _ in questions
+        )
+        if to_train:
+            yield from train_together(questions, self._own_trainers())
+            return
+        for message, context in questions:
             try:
-                reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+                reply = self._client_app(message, context)
                 if not isinstance(reply, Message):
                     raise TypeError(f"the ClientApp returned {reply!r} instead of a Message")
             except (Exception, SystemExit) as error:
@@ -118,6 +181,11 @@ class InProcessGrid(Grid):
                 reply = Message(
                     Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
                 )
-            reply.metadata.__dict__["_message_id"] = str(uuid4())
-            self._on_reply()
             yield reply
+
+    def _own_trainers(self) -> Trainers:
+        if self._trainers is None:  # by the first round the run has set its threads
+            threads = torch.get_num_threads()
+            workers = min(threads, self._cohort_size)
+            self._trainers = Trainers(workers, threads // workers, is_kept=True)
+        return self._trainers

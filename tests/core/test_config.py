@@ -336,6 +336,8 @@ OUT_OF_RANGE = [
     (ServiceConfig, "patience_seconds", [-1.0], "a number >= 0"),
     (RuntimeConfig, "device", ["tpu"], "one of auto, cpu, cuda"),
     (RuntimeConfig, "threads", [0], "a number >= 1"),
+    (RuntimeConfig, "engine", ["fast"], "one of auto, plain, stacked, vmap"),
+    (RuntimeConfig, "precision", ["fp16"], "one of float32, tf32, bfloat16"),
     (
         RuntimeConfig,
         "metrics_address",

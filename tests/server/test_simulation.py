@@ -20,11 +20,12 @@ from rich.console import Console
 from scipy.stats import norm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import client.app
 from fedsmooth_core.certification.rows import read_rows
 from fedsmooth_core.checkpoint import load_checkpoint, load_model, state_sha256
+from fedsmooth_core.cohort import trainer
+from fedsmooth_core.cohort.local_training import train_stacked
 from fedsmooth_core.config import RunConfig, from_nested, to_nested
-from fedsmooth_core.training import local_train
+from fedsmooth_core.models import NORMALISATION
 from fedsmooth_core.wire import TRAIN_METRICS
 from server.centralized import run_centralized
 from server.configuration import compose
@@ -324,12 +325,12 @@ def test_every_ablation_trains_and_certifies_by_configuration_alone(
 
 
 def test_a_client_that_fails_is_in_the_metrics_and_the_round_goes_on(tiny, console, monkeypatch):
-    def failing(*args):
-        if args[4] == 2:
+    def failing(step, take_step, state, members, *args):
+        if members[0].client == 2:
             raise RuntimeError("[/no] memory")
-        return local_train(*args)
+        return train_stacked(step, take_step, state, members, *args)
 
-    monkeypatch.setattr(client.app, "local_train", failing)
+    monkeypatch.setattr(trainer, "train_stacked", failing)
     config = tiny("federation.cohort_fraction=1", "certification.at_end=false")
     run = simulate(config, console)
     for line in rounds(run):
@@ -488,15 +489,15 @@ class _Run:
 def test_one_client_with_huge_weights_does_not_stop_the_others(tiny, console, monkeypatch):
     """Finite values pass every check of a tensor; what they make is no classifier."""
 
-    def poisoned(model, *args):
-        result = local_train(model, *args)
-        if args[3] == 2:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(3e38)
-        return result
+    def poisoned(step, take_step, state, members, *args):
+        ((trained, metrics),) = train_stacked(step, take_step, state, members, *args)
+        if members[0].client == 2:
+            for name, tensor in trained.items():
+                if not name.startswith(NORMALISATION):
+                    tensor.fill_(3e38)
+        return [(trained, metrics)]
 
-    monkeypatch.setattr(client.app, "local_train", poisoned)
+    monkeypatch.setattr(trainer, "train_stacked", poisoned)
     run = simulate(tiny("federation.cohort_fraction=1"), console)
     for line in rounds(run):
         assert line["aggregated"] == [0, 1, 3]

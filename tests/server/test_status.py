@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import client.app
+from fedsmooth_core.cohort import trainer
+from fedsmooth_core.cohort.local_training import train_stacked
 from fedsmooth_core.errors import ConfigError, FedSmoothError
-from fedsmooth_core.training import local_train
 from server.federation import run_federation
 from server.owed import failure_path
 from server.prometheus import Prometheus
@@ -49,12 +49,12 @@ def printed(path, as_json=False):
 
 @pytest.fixture
 def one_bad_client(monkeypatch):
-    def failing(*args):
-        if args[4] == 2:
+    def failing(step, take_step, state, members, *args):
+        if members[0].client == 2:
             raise RuntimeError("[/no] memory")
-        return local_train(*args)
+        return train_stacked(step, take_step, state, members, *args)
 
-    monkeypatch.setattr(client.app, "local_train", failing)
+    monkeypatch.setattr(trainer, "train_stacked", failing)
 
 
 def test_a_running_run_says_whom_it_asked_and_a_finished_one_what_came_of_it(
