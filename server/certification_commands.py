@@ -142,9 +142,8 @@ def certifier_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch-size",
         type=int,
-        default=512,
         metavar="N",
-        help="noisy images in one forward pass (512)",
+        help="noisy images in one forward pass (what is fast for the model)",
     )
     sub.add_argument(
         "--drop-superseded",
@@ -215,7 +214,7 @@ def certifier(options: argparse.Namespace, console: Console) -> None:
         if options.threads < 1:
             raise ConfigError(f"--threads {options.threads} is out of range: allowed is >= 1.")
         torch.set_num_threads(options.threads)
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size} is out of range: allowed is >= 1.")
     limits = Limits(
         max_model_bytes=options.max_model_mib << 20,

@@ -114,7 +114,8 @@ def _certify_into(
         max_value=test_set.info.max_value,
         procedure=procedure_of(config),
         batch_size=config.certification.batch_size,
-        device=device,
+        device=_all_like(device, len(todo)),
+        compile=config.certification.compile,
     )
     correct = 0
     title = f"Certifying at sigma {config.certified_sigma:g}"
@@ -123,6 +124,14 @@ def _certify_into(
             file.append(row)
             correct += row.correct
             advance(f"certified accuracy at radius 0: {correct / done:.1%}")
+
+
+def _all_like(device: torch.device, num_images: int) -> list[torch.device]:
+    """Return all CUDA devices for ``cuda``, and the CPU once for each thread that it may use."""
+    if device.type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    # Threads that each certify an image wait for nobody; threads within one pass do, layer by layer.
+    return [device] * max(1, min(torch.get_num_threads(), num_images))
 
 
 def _check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> None:

@@ -96,7 +96,7 @@ class Engine:
         store: the jobs; whoever submits or cancels one there need not say so here.
         datasets: the images.
         device: where to compute.
-        batch_size: noisy images in one forward pass.
+        batch_size: noisy images in one forward pass; None takes what is fast for the model.
         drop_superseded: a job that has its turn drops the unfinished jobs of older rounds of its run
             with the same terms, unless somebody else wants them.
 
@@ -113,7 +113,7 @@ class Engine:
         store: JobStore,
         datasets: Datasets,
         device: torch.device,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         *,
         drop_superseded: bool = False,
     ) -> None:

@@ -94,8 +94,8 @@ class ServiceOptions:
     data: Mapping[str, Path] = field(default_factory=dict)
     """Folders of images, by the names that jobs call them by."""
     device: str = "auto"
-    batch_size: int = 512
-    """Noisy images in one forward pass."""
+    batch_size: int | None = None
+    """Noisy images in one forward pass; None takes what is fast for the model."""
     drop_superseded: bool = False
     """A newer model of a run drops the unfinished jobs of older ones."""
     limits: Limits = field(default_factory=Limits)
