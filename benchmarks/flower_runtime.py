@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -33,7 +33,13 @@ _MARK = "FEDSMOOTH_BENCHMARK_FOLDER"
 _PATIENCE = 240.0
 """Seconds without a new round after which a run has failed."""
 RAY = "Flower's Simulation Runtime"
-OURS = "fedsmooth simulate"
+SYSTEMS: dict[str, list[str]] = {
+    RAY: [],
+    "fedsmooth simulate": [],
+    "fedsmooth simulate, bfloat16": ["runtime.precision=bfloat16"],
+}
+"""What takes turns, and the settings that only it has. A simulated node of Flower's has no facts of its
+own: there the ClientApp computes in float32, by the engine that suits one client."""
 
 
 @dataclass
@@ -211,14 +217,14 @@ def run(size: Size, device: torch.device) -> Section:
     title = f"Rounds in {RAY} and in ours: AlexNet, the same ServerApp and ClientApp"
     if why := _missing():
         return Section(title, columns, [], left_out={RAY: why})
-    found: Mapping[str, _Rounds] = {RAY: _Rounds(), OURS: _Rounds()}
+    found = {system: _Rounds() for system in SYSTEMS}
     with tempfile.TemporaryDirectory() as name:
         top = Path(name).resolve()
         _write_images(top / "images", clients * steps * 30)
-        for repeat, system in itertools.product(range(repeats), found):
-            folder = top / f"{repeat}-{'ray' if system == RAY else 'ours'}"
+        for number, (_, system) in enumerate(itertools.product(range(repeats), SYSTEMS)):
+            folder = top / f"run{number}"
             overrides = _overrides(top, folder / "run", clients, steps, rounds, device.type)
-            result = _run(system, folder, overrides, clients, rounds, device)
+            result = _run(system, folder, overrides + SYSTEMS[system], clients, rounds, device)
             found[system].seconds.extend(result.seconds)
             found[system].of_clients.extend(result.of_clients)
     timings = {system: Timing(tuple(result.seconds)) for system, result in found.items()}
@@ -236,7 +242,9 @@ def run(size: Size, device: torch.device) -> Section:
             f"{clients} clients a round, E = {steps}, m = 2, T = 2, B = 30; {repeats} runs of each in "
             f"turns, the first round of a run not timed; {os.cpu_count()} cores."
         ],
-        headlines=[Headline(f"{OURS} against {RAY}", rows[1]["ratio"], target)],
+        headlines=[
+            Headline(f"{row['what']}, against {RAY}", row["ratio"], target) for row in rows[1:]
+        ],
     )
 
 

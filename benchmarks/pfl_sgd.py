@@ -97,12 +97,12 @@ def run(size: Size, device: torch.device) -> Section:
     )
     cohort = workload.Cohort.of(plan, clients, device)
     weights = [data.num_examples for data in cohort.clients]
-    trainers = {"plain loop": cohort.plain_loop} | workload.engines(cohort, device)
+    engine = workload.default_engine(device)
     candidates: dict[str, Callable[[], object]] = {
-        name: lambda train=train: weighted_mean(train(), weights)  # type: ignore[misc]
-        for name, train in trainers.items()
+        "plain loop": lambda: weighted_mean(cohort.plain_loop(), weights),
+        "our engine": lambda: weighted_mean(cohort.train(engine), weights),
     }
-    left_out = {} if workload.HAS_ENGINES else {"our engines": workload.NO_ENGINES}
+    left_out = {}
     if find_spec("pfl") is None:
         left_out["pfl"] = "It is not installed here: make bench-peers."
     else:
