@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -217,17 +218,24 @@ def _tensor(name: str, array: Array) -> Tensor:
 
 def _view(data: bytes) -> NDArray[np.generic]:
     """Read NumPy's format as ``np.load`` does without pickles, but without a copy of the values."""
-    file = io.BytesIO(data)
+    start = 10 + int.from_bytes(data[8:10], "little")
+    shape, order, dtype = _layout(data[:start])
+    view: NDArray[np.generic]
+    view = np.ndarray(shape, dtype, buffer=data, offset=start, order=order)
+    return view if view.flags.aligned else view.copy()
+
+
+@lru_cache(maxsize=256)
+def _layout(header: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[np.generic]]:
+    """Read a header of NumPy's format: Python's parser takes 40 us, and all replies have the same."""
+    file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):  # what np.save writes for any array of numbers
         raise ValueError(f"version {version}")
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:
         raise ValueError("objects")
-    order: Literal["C", "F"] = "F" if is_fortran else "C"
-    view: NDArray[np.generic]
-    view = np.ndarray(shape, dtype, buffer=data, offset=file.tell(), order=order)
-    return view if view.flags.aligned else view.copy()
+    return shape, "F" if is_fortran else "C", dtype
 
 
 def _is_sound(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
