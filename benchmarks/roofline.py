@@ -260,10 +260,9 @@ def run(size: Size, device: torch.device) -> Section:
         },
         rows=rows,
         notes=[
-            f"Of one local step or one certificate; medians of {rounds} rounds, the best round of torch.mm and "
-            "copying; "
-            f"{torch.get_num_threads()} CPU threads. A multiply-add is two operations. MB: with every "
-            "activation in a cache."
+            f"Of one local step or one certificate: medians of {rounds} rounds, of torch.mm and copying "
+            f"the best; {torch.get_num_threads()} CPU threads. A multiply-add is two operations. MB: with "
+            "every activation in a cache."
         ],
         headlines=headlines,
     )

@@ -12,6 +12,7 @@ import time
 import traceback
 from importlib.util import find_spec
 
+import torch
 from harness import Section, Size, arguments, machine, print_table, show, write_report
 
 from fedsmooth_core.device import choose_device
@@ -28,6 +29,21 @@ PARTS = (
     "flower_runtime",
 )
 """Modules beside this one, in the order in which they run."""
+OURS = ("fedsmooth_core", "client", "server", "harness", "workload", *PARTS)
+
+
+def _section(part: str, size: Size, device: torch.device) -> Section:
+    """Run a part, or say which package it lacks."""
+    try:
+        module = importlib.import_module(part)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OURS:
+            raise
+        why = f"It needs {package}, which is not installed here."
+        return Section(part, {}, [], left_out={part: why})
+    section: Section = module.run(size, device)
+    return section
 
 
 def main() -> int:
@@ -48,7 +64,7 @@ def main() -> int:
     for part in options.parts:
         print(f"[{time.monotonic() - started:.0f} s] {part}", file=sys.stderr, flush=True)
         try:
-            sections[part] = importlib.import_module(part).run(size, device)
+            sections[part] = _section(part, size, device)
         except Exception:  # the other parts have their say
             traceback.print_exc()
             failed.append(part)
@@ -58,7 +74,7 @@ def main() -> int:
         write_report(options.output, size, facts, sections)
     headlines = [line for section in sections.values() for line in section.headlines]
     print_table(
-        "In short",
+        "In short" if size is Size.FULL else "In short (quick: it runs; the figures mean nothing)",
         {"what": "What", "measured": "Measured", "target": "Wanted"},
         [vars(line) for line in headlines],
     )

@@ -20,11 +20,11 @@ OURS = "our engine"
 PAPER_STEPS = 100 * 20
 """Local steps of a round of the paper: 100 clients, E = 20."""
 _TARGETS = {
-    ("cpu", "float32"): "1.3x",
-    ("cpu", "bfloat16"): "1.9x at 2 cores",
-    ("cuda", "float32"): "30x",
-    ("cuda", "tf32"): "30x",
-    ("cuda", "bfloat16"): "30x",
+    ("cpu", "float32"): ">= 1.3x",
+    ("cpu", "bfloat16"): ">= 1.9x at 2 cores",
+    ("cuda", "float32"): ">= 30x",
+    ("cuda", "tf32"): ">= 30x",
+    ("cuda", "bfloat16"): ">= 30x",
 }
 
 

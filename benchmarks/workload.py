@@ -162,5 +162,5 @@ def other_engines(device: torch.device, precision: str) -> dict[str, CohortTrain
     workers = torch.get_num_threads()
     return {
         "plain loop in workers": CohortTrainer(device, "plain", limits, workers),
-        "our engine, one client at a time": CohortTrainer(device, "stacked", limits),
+        "engine without workers": CohortTrainer(device, "stacked", limits),
     }

@@ -31,13 +31,11 @@ def test_all_parts_as_one_command(tmp_path):
     printed = bench("-o", report)
     measured = json.loads(report.read_text())
     assert measured["size"] == "quick"
-    assert {"training", "one_point", "roofline", "pfl_sgd", "flower_runtime"} <= set(
-        measured["parts"]
-    )
+    assert len(measured["parts"]) == 8
     for part in measured["parts"].values():
         assert part["rows"] or part["left_out"]
     lines = printed.splitlines()
-    assert "In short" in lines
+    assert any(line.startswith("In short") for line in lines)
     assert lines[-1].endswith(f"in {report}.")
 
 
