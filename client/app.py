@@ -86,14 +86,6 @@ class Trainers:
 _ALONE = Trainers()
 
 
-class _Asked(NamedTuple):
-    """A question that can be answered, and what its answer needs."""
-
-    message: Message
-    member: Member
-    set_up_seconds: float
-
-
 def train_together(
     questions: Iterable[tuple[Message, Context]], trainers: Trainers
 ) -> Iterator[Message]:

@@ -31,7 +31,7 @@ class MappedNetwork:
             return tensor.detach().new_empty((num_clients, *tensor.shape))
 
         self.weights = [stack(weight) for weight in weights.values()]
-        self._buffers = [stack(buffer) for buffer in buffers.values()]
+        self.buffers = [stack(buffer) for buffer in buffers.values()]
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ class MappedNetwork:
         named = dict(zip(self._weight_names, weights, strict=True))
         buffers = {
             name: buffer[: len(x)]
-            for name, buffer in zip(self._buffer_names, self._buffers, strict=True)
+            for name, buffer in zip(self._buffer_names, self.buffers, strict=True)
         }
 
         def of_client(
@@ -78,7 +78,7 @@ class MappedNetwork:
 
     def _named(self) -> list[tuple[str, Tensor]]:
         names = self._weight_names + self._buffer_names
-        return list(zip(names, self.weights + self._buffers, strict=True))
+        return list(zip(names, self.weights + self.buffers, strict=True))
 
 
 class _Mapped:

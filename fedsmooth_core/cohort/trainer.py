@@ -151,9 +151,6 @@ class CohortTrainer:
         Yields:
             The place of a member, and its :class:`Trained` or the exception that it failed with. What
             fails for one member fails for it alone, or for those that were trained at once with it.
-
-        Raises:
-            ConfigError: where the engine that is asked for cannot train this model.
         """
         job = _Job(model, state, plan, server_round, self._engine_for(model, members))
         chunks = self._chunks(job, members)
