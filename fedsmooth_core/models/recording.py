@@ -1,7 +1,7 @@
-"""What a model does with an image, step by step: recorded from one pass that computes nothing.
+"""What a model does with an image, step by step: recorded from one small pass on the CPU.
 
-The pass runs on PyTorch's ``meta`` device, on a copy of the model. Only this thread is watched, so
-other models may run at the same time (``torch.fx`` would trace them, too).
+Only this thread is watched, so other models may run at the same time (``torch.fx`` would trace them,
+too). Not on the ``meta`` device, whose first operation imports PyTorch's compiler: seconds.
 """
 
 import copy
@@ -22,10 +22,10 @@ class Call(NamedTuple):
     inputs: tuple[int, ...]
     """Places of the values that it takes: 0 is the batch of images, i + 1 what call i gave."""
     args: tuple[Any, ...]
-    """All positional arguments; a value stands for itself, as a tensor of the right shape."""
+    """All positional arguments; of values, only shape and dtype matter."""
     kwargs: dict[str, Any]
     output: Tensor
-    """A meta tensor of the shape of what it gives."""
+    """What it gives; only shape and dtype matter."""
 
 
 class UnreadableModelError(Exception):
@@ -56,9 +56,9 @@ def record(
     Raises:
         UnreadableModelError: where the pass fails, uses a tensor that no call gave, or ends with one.
     """
-    skeleton = copy.deepcopy(model).to("meta").eval()
+    skeleton = copy.deepcopy(model).cpu().eval()
     dtype = next((weight.dtype for weight in skeleton.parameters()), torch.float32)
-    images = torch.empty(batch, *shape, device="meta", dtype=dtype)
+    images = torch.zeros(batch, *shape, dtype=dtype)
     recorder = _Recorder(images)
     for name, module in skeleton.named_modules():
         if name and is_layer(module):
@@ -68,8 +68,8 @@ def record(
             result = skeleton(images)
     except UnreadableModelError:
         raise
-    except Exception as error:  # whatever somebody's module does on a device without data
-        raise UnreadableModelError(f"a pass without data fails ({error})") from error
+    except Exception as error:  # whatever somebody's module does with black images
+        raise UnreadableModelError(f"a pass over black images fails ({error})") from error
     if not recorder.calls or result is not recorder.calls[-1].output:
         raise UnreadableModelError("its result is not that of its last step")
     return recorder.calls
