@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mpmath
 import numpy as np
 import pytest
@@ -290,3 +292,27 @@ def test_published_models_take_far_fewer_draws_for_the_same_accuracy(log, sigma,
 def test_radii_of_the_grid_and_thresholds_invert_each_other():
     test = sequential_test(0.5, 10_000, 0.001, 0.05)
     np.testing.assert_allclose(0.5 * ndtri(test.thresholds), test.radii, atol=1e-12)
+
+
+def test_replayed_orders_of_counted_blocks_agree_with_both_methods():
+    """In the order in which they were drawn, blocks give the rows of certify and certify_sequential."""
+    sigma, n, step = 0.25, 3000, 0.25
+    model = benchmark.trained_model(sigma, steps=60)
+    test_set = benchmark.load_dataset(benchmark.DatasetConfig(), "test")
+    by_block, correct = benchmark.counted_by_block(model, test_set, 12, sigma, n)
+    procedure = benchmark.Procedure(sigma=sigma, n=n)
+    fixed, _ = benchmark.certified(model, test_set, 12, procedure)
+    p_a = p_a_lower(by_block.sum(axis=1), n, 0.001)
+    np.testing.assert_array_equal(certified_radius(p_a, sigma), fixed.radius)
+    np.testing.assert_array_equal(correct[p_a >= 0.5], fixed.correct[p_a >= 0.5] == 1)
+    rows, _ = benchmark.certified(
+        model, test_set, 12, replace(procedure, method="sequential", radius_step=step)
+    )
+    test = sequential_test(sigma, n, 0.001, step)
+    so_far = by_block.cumsum(axis=1)[:, -(-test.looks // 128) - 1].T
+    radius, _, used = benchmark.decided(test, so_far)
+    np.testing.assert_array_equal(radius, rows.radius)
+    np.testing.assert_array_equal(used, rows.n)
+    result = benchmark.replayed("", by_block, correct, sigma, [step], n, repeats=3)[0]
+    assert result["orders"] == 3
+    assert 1 < result["factor"] < 10
