@@ -9,7 +9,6 @@ import resource
 import ssl
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -31,13 +30,13 @@ from client.connection import (
 from client.local_data import images_to_certify, local_data
 from client.node import NodeFacts
 from fedsmooth_core import wire
+from fedsmooth_core.cohort import CohortTrainer, Member
 from fedsmooth_core.config import TrainingPlan
 from fedsmooth_core.data import ClientData, folder_problems
 from fedsmooth_core.errors import ConfigError, DataError, FedSmoothError
 from fedsmooth_core.invitation import Invitation
 from fedsmooth_core.limits import DeviceLimits
 from fedsmooth_core.models import ModelSpec, build_model
-from fedsmooth_core.training import local_train
 
 _TIMED_STEPS = 3
 _GIB = 2**30
@@ -210,10 +209,16 @@ class Examination:
         model = build_model(spec, statistics_of, statistics_of, torch.Generator()).to(device)
         one_step = replace(plan, training=replace(plan.training, local_steps=1))
 
+        state, members = dict(model.state_dict()), [Member(0, used)]
+        trainers = {facts.limits: CohortTrainer(device, facts.engine, facts.limits)}
+
         def seconds(limits: DeviceLimits = facts.limits) -> float:
-            started = time.perf_counter()
-            local_train(model, used, one_step, 1, 0, limits)  # ends with a copy to the host
-            return time.perf_counter() - started
+            if limits not in trainers:
+                trainers[limits] = CohortTrainer(device, limits=limits)
+            ((_, outcome),) = trainers[limits].train(model, state, members, one_step, 1)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome.seconds  # up to a copy to the host
 
         try:
             with self._watch("Training one step to warm up ..."):

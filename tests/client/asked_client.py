@@ -7,10 +7,15 @@ import client.app
 SIMULATED = {"partition-id": 2, "num-partitions": 4, "device": "cpu"}
 
 
-def answer(content, node_config=SIMULATED, kind=MessageType.TRAIN):
+def asked(content, node_config=SIMULATED, kind=MessageType.TRAIN, message_id="1"):
+    """The message and the context that an app is called with."""
     message = Message(content, 5, kind)
-    message.metadata.__dict__["_message_id"] = "1"
-    return client.app.app(message, Context(1, 5, node_config, RecordDict(), {}))
+    message.metadata.__dict__["_message_id"] = message_id
+    return message, Context(1, 5, node_config, RecordDict(), {})
+
+
+def answer(content, node_config=SIMULATED, kind=MessageType.TRAIN):
+    return client.app.app(*asked(content, node_config, kind))
 
 
 def sentence(reply):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from asked_client import SIMULATED, answer, sentence
+from asked_client import SIMULATED, answer, asked, sentence
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
+import client.app
 from fedsmooth_core import wire
 from fedsmooth_core.cohort import CohortTrainer, Member, trainer
 from fedsmooth_core.config import (
@@ -228,3 +229,35 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
     monkeypatch.setattr(trainer, "train_stacked", broken)
     with pytest.raises(ZeroDivisionError):
         answer(question())
+
+
+def test_an_engine_that_there_is_not_is_answered_with_a_sentence():
+    reason = sentence(answer(question(), SIMULATED | {"engine": "fast"}))
+    assert "engine='fast' is unknown: allowed is one of auto, plain" in reason
+
+
+def test_messages_that_are_answered_together_are_answered_as_if_alone():
+    """Two rounds, a client that refuses, one that asks for another engine; in whatever order."""
+    trainers = client.app.Trainers(workers=2, is_kept=True)
+    contents = [
+        (question(**{"partition-id": 2}), SIMULATED),
+        (question(**{"partition-id": 2, "server-round": 4}), SIMULATED),
+        (question(), SIMULATED | {"sigma": 0.1}),
+        (question(), SIMULATED | {"engine": "plain"}),
+    ]
+    questions = [
+        asked(content, facts, message_id=f"{number}")
+        for number, (content, facts) in enumerate(contents)
+    ]
+    replies = {
+        reply.metadata.reply_to_message_id: reply
+        for reply in client.app.train_together(questions, trainers)
+    }
+    together = [replies[message.metadata.message_id] for message, _ in questions]
+    alone = [answer(content, facts) for content, facts in contents]
+    assert [reply.has_error() for reply in together] == [False, False, True, False]
+    assert together[2].error == alone[2].error
+    for one, other in zip(together, alone, strict=True):
+        if not one.has_error():
+            states = [reply.content["arrays"].to_torch_state_dict() for reply in (one, other)]
+            torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)

@@ -12,6 +12,7 @@ from tls_server import Authority, serving
 
 import client.doctor
 from client.doctor import Examination, Questions
+from fedsmooth_core.cohort import trainer
 from fedsmooth_core.config import DatasetConfig, PartitionConfig, TrainingConfig, TrainingPlan
 from fedsmooth_core.invitation import Invitation
 from fedsmooth_core.keys import make_key
@@ -238,21 +239,24 @@ def test_too_small_a_batch_for_the_copies_of_one_image(federation, tmp_path):
     assert "needs max-batch=2 or more" in problems(federation, node_config)["local step"]
 
 
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 def test_an_accelerator_that_is_too_small_is_told_what_fits(federation, tmp_path, monkeypatch):
     def small(model, data, plan, server_round, client, limits):
-        if limits.max_batch is None or limits.max_batch > 3:
+        if limits.max_batch > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(client.doctor, "local_train", small)
+    monkeypatch.setattr(trainer, "train_stacked", out_of_memory)
+    monkeypatch.setattr(trainer, "local_train", small)
     node_config = own(write_images(tmp_path / "own"))
     assert "set max-batch=2 in" in problems(federation, node_config)["local step"]
 
 
 def test_an_accelerator_that_is_far_too_small(federation, tmp_path, monkeypatch):
-    def none(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(client.doctor, "local_train", none)
+    monkeypatch.setattr(trainer, "train_stacked", out_of_memory)
+    monkeypatch.setattr(trainer, "local_train", out_of_memory)
     node_config = own(write_images(tmp_path / "own"))
     assert 'set device="cpu"' in problems(federation, node_config)["local step"]
 
@@ -261,7 +265,7 @@ def test_a_build_of_pytorch_for_another_accelerator(federation, tmp_path, monkey
     def foreign(*arguments):
         raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(client.doctor, "local_train", foreign)
+    monkeypatch.setattr(trainer, "train_stacked", foreign)
     message = problems(federation, own(write_images(tmp_path / "own")))["local step"]
     assert "install the build of PyTorch" in message
 

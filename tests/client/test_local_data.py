@@ -151,3 +151,16 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     message = refusal(DataError, local_data, node, TrainingPlan(), SPEC, ["cat", "dog"], 0, CPU)
     assert str(tmp_path / "nowhere") in message
     assert "test/" not in message
+
+
+def test_clients_of_one_process_share_the_data_set():
+    plan = partitioned_plan()
+    facts = NodeFacts.read({"dataset-root": plan.dataset.root})
+    shared = [local_data(facts, plan, DIGITS, TEN, number, CPU, True) for number in (1, 2, 1)]
+    assert all(data.images is shared[0].images for data in shared)
+    for number, data in zip((1, 2, 1), shared, strict=True):
+        alone = local_data(facts, plan, DIGITS, TEN, number, CPU)
+        assert len(data) == len(alone) == 50
+        everything = torch.arange(50)
+        for ours, theirs in zip(data.batch(everything), alone.batch(everything), strict=True):
+            assert torch.equal(ours, theirs)

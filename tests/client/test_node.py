@@ -37,6 +37,12 @@ def test_a_real_device_says_where_its_images_are_and_what_fits():
     )
 
 
+def test_a_device_may_say_how_it_computes():
+    facts = NodeFacts.read({"tf32": True, "engine": "plain"})
+    assert facts == NodeFacts(limits=DeviceLimits(tf32=True), engine="plain")
+    assert NodeFacts.read({}).engine == "auto"
+
+
 def test_a_machine_may_keep_the_federations_data_set_elsewhere():
     config = {"dataset-root": "/mnt/cifar", "partition-id": 0, "num-partitions": 2}
     assert NodeFacts.read(config).dataset_root == "/mnt/cifar"
@@ -93,6 +99,8 @@ def test_what_is_no_partition_is_refused_with_its_values(partition, total):
         ("max-batch", 1.5),
         ("bf16", "yes"),
         ("bf16", 1),
+        ("tf32", "on"),
+        ("engine", 2),
     ],
 )
 def test_a_value_that_a_key_does_not_allow_is_named(key, value):
