@@ -10,6 +10,7 @@
 import copy
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -60,6 +61,7 @@ class _Stack:
 
     step: LocalStep
     captured: CapturedStep | None = None
+    cannot_be_captured: bool = False
 
 
 class _Kept(threading.local):
@@ -70,12 +72,14 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self.stacks: dict[tuple[int, int], _Stack] = {}
+        self.sizes: dict[tuple[int, int], int] = {}
         self.modules: list[nn.Module] = []
 
     def forget_others(self, model: nn.Module, plan: TrainingPlan) -> None:
         """Keep nothing of another model or plan."""
         if self.model is not model or self.plan != plan:
             self.stacks.clear()
+            self.sizes.clear()
             self.modules.clear()
             self.model, self.plan = model, plan
 
@@ -202,19 +206,31 @@ class CohortTrainer:
             return self._max_clients
         if self._device.type == "cpu" or len(members) == 1:
             return 1
-        probed = min(len(members), _PROBED)
+        self._kept.forget_others(job.model, job.plan)
+        key = (len(members), members[0].batch_size(job.plan))
+        if key not in self._kept.sizes:
+            try:
+                self._kept.sizes[key] = self._clients_that_fit(job, members)
+            except torch.OutOfMemoryError:
+                self._kept.sizes[key] = 1
+        return self._kept.sizes[key]
+
+    def _clients_that_fit(self, job: _Job, members: Sequence[Member]) -> int:
+        """Measure what a few clients take, and divide the cohort into equal chunks by it."""
+        probed = members[:_PROBED]
         with arithmetic(self._device, self._limits):
-            stack = self._stack(job, members[:probed])
+            stack = self._stack(job, probed)
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
             stack.step.start(job.state)
-            stack.step(*_blank(stack, members[0], job.plan, probed))
+            stack.step(*_blank(stack, members[0], job.plan, len(probed)))
             peak = torch.cuda.max_memory_allocated(self._device) - before
+        if len(probed) < len(members):  # else it is the one that will be used
+            self._kept.stacks.clear()
         own = sum(tensor.nbytes for tensor in job.state.values())
         # Of a client: weights, momentum and result, besides what a step takes.
-        return clients_that_fit(
-            len(members), peak // probed + 3 * own, len(members) * own, self._device
-        )
+        per_client = peak // len(probed) + 3 * own
+        return clients_that_fit(len(members), per_client, len(members) * own, self._device)
 
     def _outcomes(self, job: _Job, members: Sequence[Member], chunk: list[int]) -> list[Outcome]:
         try:
@@ -229,6 +245,7 @@ class CohortTrainer:
         self._kept.stacks.clear()
         torch.cuda.empty_cache()
         half = -(-len(chunk) // 2)
+        self._kept.sizes = {key: min(size, half) for key, size in self._kept.sizes.items()}
         return [
             outcome
             for part in (chunk[:half], chunk[half:])
@@ -294,7 +311,7 @@ class CohortTrainer:
 
     def _taking(self, job: _Job, stack: _Stack, members: Sequence[Member]) -> TakeStep:
         """Return how steps are taken: by graphs where the device has them and rounds will come."""
-        if self._device.type != "cuda" or not self._is_kept:
+        if self._device.type != "cuda" or not self._is_kept or stack.cannot_be_captured:
             return stack.step
         if stack.captured is None:
             stack.captured = CapturedStep(stack.step)
@@ -303,7 +320,19 @@ class CohortTrainer:
             blank = _blank(stack, members[0], job.plan, num_active)
             if not stack.captured.has(len(blank[0])):
                 stack.step.start(job.state)
-                stack.captured.capture(*blank)
+                try:
+                    stack.captured.capture(*blank)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # a model that looks at its data, say
+                    warnings.warn(
+                        f"Steps of {job.plan.model.name} cannot be captured in a CUDA graph ({error}): "
+                        "they are taken one by one, which is slower.",
+                        RuntimeWarning,
+                        stacklevel=1,
+                    )
+                    stack.captured, stack.cannot_be_captured = None, True
+                    return stack.step
         return stack.captured
 
 
