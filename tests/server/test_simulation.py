@@ -27,6 +27,7 @@ from fedsmooth_core.cohort.local_training import train_stacked
 from fedsmooth_core.config import RunConfig, from_nested, to_nested
 from fedsmooth_core.models import NORMALISATION
 from fedsmooth_core.wire import TRAIN_METRICS
+from server import simulation
 from server.centralized import run_centralized
 from server.configuration import compose
 from server.federation import run_federation
@@ -36,8 +37,7 @@ from server.tracking import TensorBoard
 
 
 def simulate(config, console, observers=()):
-    grid = InProcessGrid(config.partition.num_clients, config.runtime.device)
-    return run_federation(config, grid, console, [*observers, TensorBoard()])
+    return simulation.simulate(config, console, [*observers, TensorBoard()])
 
 
 def final_state(run, config):
@@ -322,6 +322,47 @@ def test_every_ablation_trains_and_certifies_by_configuration_alone(
     run = simulate(tiny(*ablation, "attack.step_size=5"), console)
     assert state_sha256(final_state(run, config)) != state_sha256(final_state(usual, config))
     assert len(certificates(run)) == 1 + 5
+
+
+@pytest.mark.parametrize("engine", ["plain", "vmap", "stacked"])
+def test_every_engine_trains_the_same_federation(finished, tiny, console, engine):
+    config, usual, _ = finished
+    run = simulate(tiny(f"runtime.engine={engine}", "certification.at_end=false"), console)
+    torch.testing.assert_close(
+        final_state(run, config), final_state(usual, config), rtol=1e-3, atol=1e-4
+    )
+    for line, expected in zip(rounds(run), rounds(usual), strict=True):
+        assert line["cohort"] == expected["cohort"]
+        assert line["metrics"]["train-loss"] == pytest.approx(
+            expected["metrics"]["train-loss"], rel=1e-3
+        )
+
+
+def test_bfloat16_trains_another_model_near_the_usual_one(finished, tiny, console):
+    config, usual, _ = finished
+    run = simulate(tiny("runtime.precision=bfloat16", "certification.at_end=false"), console)
+    state, expected = final_state(run, config), final_state(usual, config)
+    assert all(tensor.dtype == expected[name].dtype for name, tensor in state.items())
+    assert state_sha256(state) != state_sha256(expected)
+    torch.testing.assert_close(state, expected, rtol=0.2, atol=0.05)
+    on_a_cpu = simulate(
+        tiny("runtime.precision=tf32", "certification.at_end=false", folder="tf32"), console
+    )
+    assert state_sha256(final_state(on_a_cpu, config)) == state_sha256(expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_run_on_more_threads_is_the_same_but_for_rounding(finished, tiny, console, threads):
+    config, usual, _ = finished
+    before = torch.get_num_threads()
+    try:
+        overrides = [f"runtime.threads={threads}", "certification.at_end=false"]
+        run = simulate(tiny(*overrides), console)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(
+        final_state(run, config), final_state(usual, config), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_client_that_fails_is_in_the_metrics_and_the_round_goes_on(tiny, console, monkeypatch):
