@@ -168,6 +168,16 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def fair_clock(device: torch.device) -> tuple[Callable[[], float], str]:
+    """Return a clock that other processes disturb as little as they can, and what its seconds are.
+
+    CPU seconds where PyTorch computes in one thread of a CPU; else seconds of the clock on the wall.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time, "CPU seconds"
+    return time.perf_counter, "seconds by the clock"
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Return the bytes that a call needs at most, beyond what was taken before it.
 

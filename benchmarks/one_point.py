@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import workload
-from harness import Headline, Section, Size, interleaved, main
+from harness import Headline, Section, Size, fair_clock, interleaved, main
 
 ATTACK_STEPS = (2, 4, 10)
 
@@ -35,7 +35,8 @@ def run(size: Size, device: torch.device) -> Section:
             candidates["our engine", attack_steps, estimator] = train
             num_steps["our engine"] = cohort.num_steps
     named = {" ".join(map(str, key)): call for key, call in candidates.items()}
-    results = interleaved(named, rounds, device)
+    clock, unit = fair_clock(device)
+    results = interleaved(named, rounds, device, clock=clock)
     timings = dict(zip(candidates, results.values(), strict=True))
     rows, headlines = [], []
     for (name, attack_steps, estimator), timing in timings.items():
@@ -70,7 +71,7 @@ def run(size: Size, device: torch.device) -> Section:
         rows=rows,
         notes=[
             f"AlexNet, m = 2, B = 30, float32; {rounds} rounds, medians, "
-            f"{torch.get_num_threads()} CPU threads."
+            f"{torch.get_num_threads()} CPU threads, {unit}."
         ],
         headlines=headlines,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import workload
-from harness import Headline, Section, Size, interleaved, main
+from harness import Headline, Section, Size, fair_clock, interleaved, main
 from torch import Tensor, nn
 
 from fedsmooth_core.aggregation import weighted_mean
@@ -89,7 +89,7 @@ def pfl_round(cohort: workload.Cohort, device: torch.device) -> Callable[[], obj
 
 def run(size: Size, device: torch.device) -> Section:
     """Time rounds of plain SGD."""
-    clients, steps, rounds = (2, 2, 1) if size is Size.QUICK else (8, 10, 7)
+    clients, steps, rounds = (2, 2, 1) if size is Size.QUICK else (4, 10, 7)
     if size is Size.FULL and device.type == "cuda":
         clients, steps, rounds = 100, 20, 5
     plan = replace(
@@ -107,7 +107,8 @@ def run(size: Size, device: torch.device) -> Section:
         left_out["pfl"] = "It is not installed here: make bench-peers."
     else:
         candidates["pfl"] = pfl_round(cohort, device)
-    timings = interleaved(candidates, rounds, device)
+    clock, unit = fair_clock(device)
+    timings = interleaved(candidates, rounds, device, clock=clock)
     rows, headlines = [], []
     for name, timing in timings.items():
         row = {"what": name, **timing.record()}
@@ -131,7 +132,7 @@ def run(size: Size, device: torch.device) -> Section:
         rows=rows,
         notes=[
             f"{clients} clients, {steps} steps of {plan.training.batch_size} images, AlexNet, float32, "
-            f"aggregation included, {torch.get_num_threads()} CPU threads."
+            f"aggregation included, {torch.get_num_threads()} CPU threads, {unit}."
         ],
         left_out=left_out,
         headlines=headlines,

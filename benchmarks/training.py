@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import workload
-from harness import Headline, Section, Size, interleaved, main, peak_memory
+from harness import Headline, Section, Size, fair_clock, interleaved, main, peak_memory
 
 PLAIN = "plain loop, float32"
 OURS = "our engine"
@@ -73,7 +73,8 @@ def run(size: Size, device: torch.device) -> Section:
         memory[name] = peak_memory(first, device)
     away = {name: difference(each, replies[PLAIN], cohort.state) for name, each in replies.items()}
     replies.clear()
-    timings = interleaved(candidates, rounds, device, warm_ups=0)
+    clock, unit = fair_clock(device)
+    timings = interleaved(candidates, rounds, device, warm_ups=0, clock=clock)
     rows, headlines = [], []
     for name, timing in timings.items():
         ratio = timing.times_faster_than(timings[PLAIN])
@@ -110,8 +111,8 @@ def run(size: Size, device: torch.device) -> Section:
         rows=rows,
         notes=[
             f"{clients} clients, E = {steps}; medians, with the least and the largest ratio; "
-            f"{torch.get_num_threads()} CPU threads. A round of the paper is {PAPER_STEPS} local steps. "
-            "Difference: of the weights, as a share of the update's length, the largest of a client."
+            f"{torch.get_num_threads()} CPU threads, {unit}. A round of the paper is {PAPER_STEPS} local "
+            "steps. Difference: of the weights, as a share of the update's length, the largest of a client."
         ],
         headlines=headlines,
     )

@@ -72,3 +72,13 @@ def test_the_report_holds_the_machine_and_all_of_a_section(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| one  | 0.25    |" in shown
     assert "A note.\nLeft out: a peer. It is not installed." in shown
+
+
+@pytest.mark.parametrize(("threads", "unit"), [(1, "CPU seconds"), (2, "seconds by the clock")])
+def test_one_thread_is_timed_in_cpu_seconds(threads, unit):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert harness.fair_clock(CPU)[1] == unit
+    finally:
+        torch.set_num_threads(before)
