@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEERS = ("flwr", "ray", "pfl", "art", "rich", "torchvision", "sklearn", "hydra", "safetensors")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def bench(*words, script="run", **environment):
