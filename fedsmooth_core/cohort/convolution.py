@@ -14,6 +14,7 @@ Shapes: activations are (K, n, C, H, W), in any memory format.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fedsmooth_core.config import AttackConfig
 
 
 @dataclass(frozen=True)
@@ -341,13 +344,24 @@ def _window(out: int, side: int, shape: ConvShape) -> tuple[slice, slice]:
     return slice(low, high), slice(low - first, high - first)
 
 
-def for_one_client(shape: ConvShape) -> Convolution:
-    """Return the way that is fast for one client: a rule, so that results depend on no stopwatch."""
-    if shape.stride > 1 and _grows_by(shape) <= 1.3 and shape.in_channels <= 4:
-        return SpaceToDepth(shape, Direct)
-    if shape.height * shape.width <= 4 and shape.kernel > 1:
-        return Dense(shape)
-    return Direct(shape)
+def for_one_client(attack: AttackConfig) -> Callable[[ConvShape], Convolution]:
+    """Return how one client's convolutions are computed: a rule, so that results depend on no stopwatch.
+
+    What an attack makes worth its while: space-to-depth, if it takes gradients to the image, for
+    these are what it speeds up; dense matrices, which are made once a step, if there are more passes
+    than one to use them.
+    """
+    differentiates = attack.attack_steps > 0 and attack.estimator == "stochastic"
+
+    def choose(shape: ConvShape) -> Convolution:
+        is_first = shape.stride > 1 and shape.in_channels <= 4
+        if differentiates and is_first and _grows_by(shape) <= 1.3:
+            return SpaceToDepth(shape, Direct)
+        if attack.attack_steps and shape.height * shape.width <= 4 and shape.kernel > 1:
+            return Dense(shape)
+        return Direct(shape)
+
+    return choose
 
 
 def candidates(shape: ConvShape) -> list[Convolution]:

@@ -31,7 +31,12 @@ from fedsmooth_core.cohort.local_training import (
     Trained,
     train_stacked,
 )
-from fedsmooth_core.cohort.network import StackedNetwork, UnknownLayerError, is_stackable
+from fedsmooth_core.cohort.network import (
+    ChooseWay,
+    StackedNetwork,
+    UnknownLayerError,
+    is_stackable,
+)
 from fedsmooth_core.config import TrainingPlan
 from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.limits import ENGINES, DeviceLimits
@@ -295,7 +300,7 @@ class CohortTrainer:
         if job.engine == "vmap":
             return MappedNetwork(copy.deepcopy(job.model), len(members), self._limits.bf16)
         dtype = torch.bfloat16 if self._limits.bf16 else next(job.model.parameters()).dtype
-        choose = for_one_client
+        choose: ChooseWay = for_one_client(job.plan.attack)
         if self._device.type == "cuda" and self._is_kept:
             if self._fastest is None:
                 copies = job.plan.smoothing.num_noise_vectors * members[0].batch_size(job.plan)

@@ -17,6 +17,7 @@ from fedsmooth_core.cohort.convolution import (
     candidates,
     for_one_client,
 )
+from fedsmooth_core.config import AttackConfig
 
 WAYS = {
     "direct": Direct,
@@ -87,18 +88,29 @@ def test_each_way_is_the_convolution_and_its_gradients(name, shape, num_clients,
 @given(shapes)
 def test_what_is_chosen_and_what_is_offered_fits_the_shape(shape):
     assume(shape.out_height >= 1 and shape.out_width >= 1)
-    for way in (for_one_client(shape), *candidates(shape)):
+    for way in (for_one_client(AttackConfig())(shape), *candidates(shape)):
         weight = numbers(2, shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
         x = numbers(2, 1, shape.in_channels, shape.height, shape.width)
         prepared, _ = way.prepare(way.pack(weight), None, torch.float64)
         assert way.apply(x, prepared, None).shape[-2:] == (shape.out_height, shape.out_width)
 
 
-def test_the_first_and_the_small_convolutions_of_alexnet_are_rearranged_for_one_client():
-    first = for_one_client(ConvShape(3, 64, 11, 4, 5, 32, 32))
-    second = for_one_client(ConvShape(64, 192, 5, 1, 2, 4, 4))
-    last = for_one_client(ConvShape(256, 256, 3, 1, 1, 2, 2))
-    assert [type(way) for way in (first, second, last)] == [SpaceToDepth, Direct, Dense]
+@pytest.mark.parametrize(
+    ("attack", "expected"),
+    [
+        (AttackConfig(), [SpaceToDepth, Direct, Dense]),
+        (AttackConfig(estimator="one_point"), [Direct, Direct, Dense]),
+        (AttackConfig(attack_steps=0), [Direct, Direct, Direct]),
+    ],
+    ids=["stochastic", "one-point", "no attack"],
+)
+def test_the_convolutions_of_alexnet_are_rearranged_as_the_attack_makes_it_worth(attack, expected):
+    shapes_of_alexnet = [
+        ConvShape(3, 64, 11, 4, 5, 32, 32),
+        ConvShape(64, 192, 5, 1, 2, 4, 4),
+        ConvShape(256, 256, 3, 1, 1, 2, 2),
+    ]
+    assert [type(for_one_client(attack)(shape)) for shape in shapes_of_alexnet] == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fedsmooth_core.cohort.convolution import for_one_client
 from fedsmooth_core.cohort.copies import by_client, by_copy
 from fedsmooth_core.cohort.generic import MappedNetwork
 from fedsmooth_core.cohort.network import StackedNetwork, UnknownLayerError, is_stackable
+from fedsmooth_core.config import AttackConfig
 from fedsmooth_core.models import ModelSpec, build_model
 from fedsmooth_core.smoothing import noisy_logits
 
@@ -21,7 +22,7 @@ def make_network(kind, name, num_clients=NUM_CLIENTS):
     model = make_model(name)
     if kind == "mapped":
         return MappedNetwork(model, num_clients)
-    return StackedNetwork(model, SHAPE, num_clients, for_one_client)
+    return StackedNetwork(model, SHAPE, num_clients, for_one_client(AttackConfig()))
 
 
 def models_of(network, name):
@@ -184,6 +185,6 @@ class Branching(nn.Module):
 def test_what_would_be_computed_wrongly_is_not_stacked(model):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnknownLayerError):
-        StackedNetwork(model, SHAPE, 1, for_one_client)
+        StackedNetwork(model, SHAPE, 1, for_one_client(AttackConfig()))
     assert not is_stackable(model, SHAPE)
     torch.testing.assert_close(model.state_dict(), before)

@@ -316,7 +316,7 @@ def test_float32_and_bfloat16_are_as_exact_as_the_plain_loop_in_them(engine, lim
 
 
 def test_a_step_leaves_clients_that_take_no_part_as_they_are():
-    network = StackedNetwork(make_model(), SHAPE, 3, for_one_client)
+    network = StackedNetwork(make_model(), SHAPE, 3, for_one_client(AttackConfig()))
     step = LocalStep(network, 2, make_plan())
     step.start(make_model().state_dict())
     before = [weight.clone() for weight in network.weights]
