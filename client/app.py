@@ -82,6 +82,12 @@ class Trainers:
             self._made[key] = self._make(device, engine=facts.engine, limits=facts.limits)
         return self._made[key]
 
+    def close(self) -> None:
+        """End the trainers' workers, and give back what they kept."""
+        for trainer in self._made.values():
+            trainer.close()
+        self._made.clear()
+
 
 _ALONE = Trainers()
 
@@ -145,8 +151,8 @@ def _train(questions: Iterable[tuple[Message, Context]], trainers: Trainers) -> 
                 trainers.is_kept,
             )
             trainer = trainers.of(device, facts)
-        except FedSmoothError as error:
-            yield question, _refusal(error, question)
+        except Exception as error:
+            yield question, _answer_to(error, question)
             continue
         weights = id(question.content.array_records[wire.ARRAYS])
         same = _Same(trainer, device, task.plan, task.spec, task.server_round, weights)
@@ -168,18 +174,14 @@ def _train_cohort(same: _Same, cohort: Sequence[_Asked]) -> Iterator[_Answer]:
         for place, outcome in outcomes:
             asked = waiting.pop(place)
             yield asked.question, _answer(asked, outcome)
-    except FedSmoothError as error:  # of all of them: the weights, or the engine
+    except Exception as error:  # of all who still wait: the weights, say
         for asked in waiting.values():
-            yield asked.question, _refusal(error, asked.question)
+            yield asked.question, _answer_to(error, asked.question)
 
 
 def _answer(asked: _Asked, outcome: Trained | Exception) -> Message | Exception:
-    if isinstance(outcome, FedSmoothError):
-        return _refusal(outcome, asked.question)
-    if isinstance(outcome, torch.OutOfMemoryError):
-        return _refusal(ConfigError(OUT_OF_MEMORY), asked.question)
     if isinstance(outcome, Exception):
-        return outcome
+        return _answer_to(outcome, asked.question)
     metrics = MetricRecord(
         {
             wire.NUM_EXAMPLES: asked.member.data.num_examples,
@@ -192,6 +194,13 @@ def _answer(asked: _Asked, outcome: Trained | Exception) -> Message | Exception:
     arrays = tensor_record(outcome.state)
     content = RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics})
     return Message(content, reply_to=asked.question)
+
+
+def _answer_to(error: Exception, question: Message) -> Message | Exception:
+    """Return the sentence that answers a question, or the error itself where it is a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = ConfigError(OUT_OF_MEMORY)
+    return _refusal(error, question) if isinstance(error, FedSmoothError) else error
 
 
 @app.evaluate()
@@ -269,6 +278,8 @@ def _load_model(spec: ModelSpec, arrays: ArrayRecord, device: torch.device) -> n
     model = _skeleton(spec, device)
     try:
         model.load_state_dict(state_of(arrays), strict=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ConfigError(
             f"The server's weights do not fit the architecture {spec.name!r} of this client: server "

@@ -71,6 +71,10 @@ class TensorArray(Array):
         array: NDArray[Any] = self.tensor.cpu().numpy()
         return array
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy in another process is Flower's own: neither the device nor the stack goes along.
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
     def deflate(self) -> bytes:
         # What is sent names its class, and the other end knows Flower's alone.
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()

@@ -4,6 +4,7 @@ It drives the same ServerApp, strategy and ClientApp as a deployment, and answer
 one batch. The one place that joins both ends.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -64,7 +65,8 @@ def simulate(
         facts=node_facts(config),
         cohort_size=config.cohort_size,
     )
-    return run_federation(config, grid, console, observers, tensor_record)
+    with contextlib.closing(grid):
+        return run_federation(config, grid, console, observers, tensor_record)
 
 
 class InProcessGrid(Grid):
@@ -114,6 +116,11 @@ class InProcessGrid(Grid):
             )
             for partition in range(num_clients)
         }
+
+    def close(self) -> None:
+        """End the workers of the clients."""
+        if self._trainers is not None:
+            self._trainers.close()
 
     def set_run(self, run: Run) -> None:
         self._run = run

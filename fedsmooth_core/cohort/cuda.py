@@ -1,15 +1,18 @@
 """What a CUDA device adds: the fastest kernels by timing, graphs of a local step, chunks that fit."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fedsmooth_core.cohort.convolution import Convolution, ConvShape, candidates
+from fedsmooth_core.cohort.local_training import TakeStep
 
-_WARM_UPS = 3  # of a step before it is captured: libraries choose kernels and take workspaces
+_WARM_UPS = 3
 _TIMED = 5
 _SHARE_OF_MEMORY = 0.8
+_MOST_GRAPHS = 8
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Images, labels and noise of a step."""
 
 
 class FastestWay:
@@ -42,8 +45,9 @@ class FastestWay:
         taps = (shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
-            x = torch.rand(maps, device=self._device, dtype=self._dtype, requires_grad=True)
-            weight = way.pack(torch.rand(num_clients, *taps, device=self._device))
+            # Not drawn: the global generator is nobody's to advance.
+            x = torch.ones(maps, device=self._device, dtype=self._dtype, requires_grad=True)
+            weight = way.pack(torch.ones(num_clients, *taps, device=self._device))
             leaf = weight.contiguous().requires_grad_()
             for attempt in range(2):
                 if attempt:
@@ -64,36 +68,47 @@ class FastestWay:
 
 
 class CapturedStep:
-    """A local step as a CUDA graph: one launch in place of hundreds.
+    """A local step as CUDA graphs, one for each size: one launch in place of hundreds.
 
     Args:
         step: works in place on tensors that stay where they are.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    def __init__(self, step: TakeStep) -> None:
         self._step = step
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Inputs]] = {}
+        # Graphs are replayed one after the other, so they may all work in the same memory.
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, x: Tensor, labels: Tensor, noise: Tensor) -> None:
-        """Capture the step for inputs of these sizes. It is taken a few times: start the round after it."""
-        inputs = (x.clone(), labels.clone(), noise.clone())
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
+    def has(self, num_active: int, num_images: int) -> bool:
+        """Whether the step is captured for so many clients and images of them all."""
+        return (num_active, num_images) in self._graphs
+
+    def warm_up(self, num_active: int, inputs: Inputs) -> None:
+        """Take the step a few times beside the current stream: libraries choose kernels and workspaces."""
+        device = inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._step(*inputs)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
+                self._step(num_active, *inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def capture(self, num_active: int, inputs: Inputs) -> None:
+        """Capture the step for inputs of these sizes, which the graph will read from these tensors."""
+        if len(self._graphs) == _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step(*inputs)
-        self._graphs[len(x)] = (graph, inputs)
+        # Whatever becomes of the capture, afterwards the current stream is the one that it was.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(inputs[0].device)),
+            torch.cuda.graph(graph, pool=self._pool),
+        ):
+            self._step(num_active, *inputs)
+        self._graphs[num_active, len(inputs[0])] = (graph, inputs)
 
-    def has(self, num_images: int) -> bool:
-        """Whether the step is captured for this many images of all clients together."""
-        return num_images in self._graphs
-
-    def __call__(self, x: Tensor, labels: Tensor, noise: Tensor) -> None:
-        graph, inputs = self._graphs[len(x)]
+    def __call__(self, num_active: int, x: Tensor, labels: Tensor, noise: Tensor) -> None:
+        graph, inputs = self._graphs[num_active, len(x)]
         for static, tensor in zip(inputs, (x, labels, noise), strict=True):
             static.copy_(tensor)
         graph.replay()
@@ -107,7 +122,7 @@ def clients_that_fit(
     Args:
         num_clients: of the cohort.
         bytes_per_client: what a client in training takes.
-        bytes_kept: what the cohort's results take, for they stay on the device.
+        bytes_kept: what the results of the whole cohort take, for they stay on the device.
         device: a CUDA device.
     """
     free, _ = torch.cuda.mem_get_info(device)

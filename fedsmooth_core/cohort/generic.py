@@ -8,6 +8,7 @@ from torch.func import functional_call, vmap
 
 from fedsmooth_core.cohort.copies import by_client, by_copy
 from fedsmooth_core.cohort.layers import Weights
+from fedsmooth_core.cohort.network import UnknownLayerError, require_plain_weights
 from fedsmooth_core.smoothing import NoisyClassifier
 
 
@@ -18,6 +19,9 @@ class MappedNetwork:
         model: what each client trains; its own weights are never used, and its modes change.
         num_clients: K.
         bf16: whether to compute in bfloat16 where autocast does.
+
+    Raises:
+        UnknownLayerError: for a model that shares or freezes weights, or keeps what no state has.
     """
 
     def __init__(self, model: nn.Module, num_clients: int, bf16: bool = False) -> None:
@@ -25,6 +29,9 @@ class MappedNetwork:
         self._model = model
         self._names = list(model.state_dict())
         weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        if sorted([*weights, *buffers]) != sorted(self._names):
+            raise UnknownLayerError("it shares weights, or has buffers that are not in its state")
+        require_plain_weights(model)
         self._weight_names, self._buffer_names = list(weights), list(buffers)
 
         def stack(tensor: Tensor) -> Tensor:
@@ -40,12 +47,11 @@ class MappedNetwork:
             tensor.copy_(state[name])
 
     @torch.no_grad()
-    def states(self) -> list[dict[str, Tensor]]:
-        """Return each client's state, as views of new stacks (K, ...)."""
-        stacks = {name: tensor.clone() for name, tensor in self._named()}
+    def states(self, num_clients: int) -> list[dict[str, Tensor]]:
+        """Return the states of the first clients, as views of new stacks."""
+        stacks = {name: tensor[:num_clients].clone() for name, tensor in self._named()}
         return [
-            {name: stacks[name][client] for name in self._names}
-            for client in range(self.num_clients)
+            {name: stacks[name][client] for name in self._names} for client in range(num_clients)
         ]
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Weights]:

@@ -67,7 +67,7 @@ class CohortNetwork(Protocol):
     weights: list[Tensor]
 
     def load(self, state: Mapping[str, Tensor]) -> None: ...
-    def states(self) -> list[dict[str, Tensor]]: ...
+    def states(self, num_clients: int) -> list[dict[str, Tensor]]: ...
     def prepare(self, weights: Sequence[Tensor]) -> list[Weights]: ...
     def logits(self, prepared: Sequence[Weights], x: Tensor, training: bool) -> Tensor: ...
     def at_noise(self, prepared: Sequence[Weights], noise: Tensor) -> NoisyClassifier: ...
@@ -78,12 +78,11 @@ class LocalStep:
 
     Args:
         network: the clients'.
-        batch_size: B, the same for all of them.
         plan: hyper-parameters.
     """
 
-    def __init__(self, network: CohortNetwork, batch_size: int, plan: TrainingPlan) -> None:
-        self.network, self._batch_size, self._plan = network, batch_size, plan
+    def __init__(self, network: CohortNetwork, plan: TrainingPlan) -> None:
+        self.network, self._plan = network, plan
         self._estimator = make_estimator(plan.attack, plan.smoothing.sigma)
         has_momentum = plan.training.momentum > 0
         self._velocity = [torch.empty_like(w) for w in network.weights if has_momentum]
@@ -97,15 +96,16 @@ class LocalStep:
         for tensor in (*self._velocity, self.loss, self.accuracy):
             tensor.zero_()
 
-    def __call__(self, x: Tensor, labels: Tensor, noise: Tensor) -> None:
-        """Take a step with images (k * B, C, H, W), client after client, of the first k clients.
+    def __call__(self, num_active: int, x: Tensor, labels: Tensor, noise: Tensor) -> None:
+        """Take a step with B images of each of the first clients.
 
         Args:
-            x: in [0, 1].
+            num_active: k, how many of them.
+            x: (k * B, C, H, W) in [0, 1], client after client.
             labels: (k * B,).
             noise: (m, k * B, C, H, W).
         """
-        num_active, num_copies = len(x) // self._batch_size, len(noise)
+        num_copies = len(noise)
         weights = [weight[:num_active] for weight in self.network.weights]
         leaves = [weight.detach().requires_grad_() for weight in weights]
         prepared = self.network.prepare(leaves)
@@ -138,7 +138,7 @@ class LocalStep:
         torch._foreach_add_(weights, directions, alpha=-config.learning_rate)
 
 
-TakeStep = Callable[[Tensor, Tensor, Tensor], None]
+TakeStep = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def train_stacked(
@@ -150,12 +150,13 @@ def train_stacked(
     server_round: int,
     dtype: torch.dtype,
 ) -> list[tuple[dict[str, Tensor], LocalMetrics]]:
-    """Train K clients of one batch size, each from ``state``; return models and metrics in their order.
+    """Train K clients, each from ``state``; return their models and metrics in order.
 
-    Clients with more steps are kept first, so that those who still train are always the first ones.
+    They have one batch size and one kind of images. Clients with more steps are kept first, so that
+    those who still train are always the first ones.
 
     Args:
-        step: of a network of K clients, on their device; it is started anew.
+        step: of a network of K clients or more, on their device; it is started anew.
         take_step: takes it: ``step`` itself, or a captured graph of it.
         state: the global model.
         members: K of them.
@@ -173,9 +174,9 @@ def train_stacked(
     step.start(state)
     for number in range(num_steps[0]):
         num_active = sum(steps > number for steps in num_steps)
-        take_step(*batches.take(number, num_active))
+        take_step(num_active, *batches.take(number, num_active))
     sums = torch.stack([step.loss, step.accuracy]).tolist()
-    states = step.network.states()
+    states = step.network.states(len(members))
     results: dict[int, tuple[dict[str, Tensor], LocalMetrics]] = {}
     for row, place in enumerate(order):
         loss, accuracy = (of_client[row] / num_steps[row] for of_client in sums)
@@ -223,21 +224,26 @@ class _Batches:
         places = self._places[step, :num_clients].flatten()
         images = self._images[places].to(self._dtype) / self._max_value
         moves = self._moves[step, :num_clients].flatten(0, 1)
-        noise = torch.cat([next(noise) for noise in self._noises[:num_clients]], dim=1)
-        return move_images(images, moves, *self._augmentation), self._labels[places], noise
+        # Pixels in one dimension: of more than four, CUDA would copy one client's noise at a time.
+        noise = torch.cat([next(each).flatten(2) for each in self._noises[:num_clients]], dim=1)
+        return (
+            move_images(images, moves, *self._augmentation),
+            self._labels[places],
+            noise.unflatten(2, images.shape[1:]),
+        )
 
 
 def _shared(members: Sequence[Member]) -> tuple[Tensor, Tensor, list[int]]:
     """Return one tensor of images, one of labels, and where in them each member's data begin."""
-    datas = [member.data for member in members]
-    if all(data.images is datas[0].images for data in datas):
-        return datas[0].images, datas[0].labels, [0] * len(datas)
-    first_rows, total = [], 0
-    for data in datas:
-        first_rows.append(total)
+    distinct = {id(member.data.images): member.data for member in members}
+    first_rows, total = {}, 0
+    for identity, data in distinct.items():
+        first_rows[identity] = total
         total += len(data.images)
+    images = [data.images for data in distinct.values()]
+    labels = [data.labels for data in distinct.values()]
     return (
-        torch.cat([data.images for data in datas]),
-        torch.cat([data.labels for data in datas]),
-        first_rows,
+        images[0] if len(images) == 1 else torch.cat(images),
+        labels[0] if len(labels) == 1 else torch.cat(labels),
+        [first_rows[id(member.data.images)] for member in members],
     )

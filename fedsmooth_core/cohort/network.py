@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsmooth_core.cohort.convolution import Convolution, ConvShape, Direct
+from fedsmooth_core.cohort.convolution import Convolution, ConvShape
 from fedsmooth_core.cohort.copies import by_client, by_copy
 from fedsmooth_core.cohort.layers import (
     BatchNormLayer,
@@ -59,7 +59,21 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd_
 
 
 class UnknownLayerError(Exception):
-    """A model has a part that no layer here computes for many clients."""
+    """A model has a part that is not computed for many clients: what it is, after 'it'."""
+
+
+def require_plain_weights(model: nn.Module) -> None:
+    """Refuse what a module does beside its forward pass, which nobody would do for many clients.
+
+    Raises:
+        UnknownLayerError: for weights that are not trained, and for hooks on gradients.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad or weight._backward_hooks:
+            raise UnknownLayerError(f"it has a frozen or watched weight {name}")
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnknownLayerError(f"it watches the gradients of {name}")
 
 
 class _Step(NamedTuple):
@@ -110,6 +124,7 @@ class StackedNetwork:
         trained = [name for name, _ in model.named_parameters()]
         if sorted(names) != sorted(trained) or sorted(names + buffers) != sorted(state):
             raise UnknownLayerError("it uses a weight twice, not at all, or in an unknown layer")
+        require_plain_weights(model)
         self._names = list(state)
         self._weights_of = _stretches([len(layer.kept.weights) for layer in self._layers])
         self._buffers_of = _stretches([len(layer.kept.buffers) for layer in self._layers])
@@ -137,21 +152,20 @@ class StackedNetwork:
                 kept.copy_(state[name])
 
     @torch.no_grad()
-    def states(self) -> list[dict[str, Tensor]]:
-        """Return each client's state, in the model's names, order and layout.
+    def states(self, num_clients: int) -> list[dict[str, Tensor]]:
+        """Return the states of the first clients, in the model's names, order and layout.
 
-        The tensors of one name are views of one new stack (K, ...).
+        The tensors of one name are views of one new stack.
         """
         stacks: dict[str, Tensor] = {}
         for layer, part, rest in self._parts():
-            unpacked = layer.unpack(tuple(self.weights[part]))
-            for name, tensor in zip(layer.kept.weights, unpacked, strict=True):
+            weights = tuple(weight[:num_clients] for weight in self.weights[part])
+            for name, tensor in zip(layer.kept.weights, layer.unpack(weights), strict=True):
                 stacks[name] = tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in zip(layer.kept.buffers, self.buffers[rest], strict=True):
-                stacks[name] = tensor.clone()
+                stacks[name] = tensor[:num_clients].clone()
         return [
-            {name: stacks[name][client] for name in self._names}
-            for client in range(self.num_clients)
+            {name: stacks[name][client] for name in self._names} for client in range(num_clients)
         ]
 
     def prepare(self, weights: Sequence[Tensor]) -> list[Weights]:
@@ -252,15 +266,6 @@ class _AtNoise:
         return self._network.response(self._prepared, by_client(noise, self._num_clients))
 
 
-def is_stackable(model: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Whether a :class:`StackedNetwork` can be made of a model for images of (C, H, W)."""
-    try:
-        StackedNetwork(model, shape, 1, Direct)
-    except UnknownLayerError:
-        return False
-    return True
-
-
 def _num_clients(prepared: Sequence[Weights]) -> int:
     return next(len(weights[0]) for weights in prepared if weights)
 
@@ -296,7 +301,7 @@ def _read(
 
 
 def _layer(call: Call, model: nn.Module, choose_way: ChooseWay, dtype: torch.dtype) -> Layer | None:
-    if isinstance(call.target, str) and len(call.inputs) == 1:
+    if isinstance(call.target, str) and len(call.inputs) == len(call.args) == 1:
         name, module = call.target, model.get_submodule(call.target)
         has_bias = getattr(module, "bias", None) is not None
         if type(module) is nn.Conv2d:
@@ -314,7 +319,8 @@ def _layer(call: Call, model: nn.Module, choose_way: ChooseWay, dtype: torch.dty
         elif type(module) is Normalise:
             return NormaliseLayer(name)
         elif type(module) is nn.MaxPool2d:
-            return MaxPoolLayer(module)
+            if call.output.dim() == 4 and not module.return_indices:
+                return MaxPoolLayer(module)
         elif type(module) in _IMAGE_MODULES and getattr(module, "start_dim", 1) == 1:
             return ImageLayer(_not_in_place(module))
     elif call.target in _ADDITIONS and len(call.inputs) == len(call.args) == 2 and not call.kwargs:

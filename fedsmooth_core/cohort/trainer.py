@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedsmooth_core.cohort.agreement import require_agreement
 from fedsmooth_core.cohort.convolution import for_one_client
-from fedsmooth_core.cohort.cuda import CapturedStep, FastestWay, clients_that_fit
+from fedsmooth_core.cohort.cuda import CapturedStep, FastestWay, Inputs, clients_that_fit
 from fedsmooth_core.cohort.generic import MappedNetwork
 from fedsmooth_core.cohort.local_training import (
     CohortNetwork,
@@ -35,11 +36,11 @@ from fedsmooth_core.cohort.network import (
     ChooseWay,
     StackedNetwork,
     UnknownLayerError,
-    is_stackable,
 )
-from fedsmooth_core.config import TrainingPlan
-from fedsmooth_core.errors import ConfigError
+from fedsmooth_core.config import AttackConfig, TrainingPlan
+from fedsmooth_core.errors import ConfigError, DataError
 from fedsmooth_core.limits import ENGINES, DeviceLimits
+from fedsmooth_core.smoothing import NOISE_BYTES
 from fedsmooth_core.training import LocalMetrics, local_train
 
 _NO_LIMITS = DeviceLimits()
@@ -62,7 +63,7 @@ class _Job:
 
 @dataclass(eq=False)
 class _Stack:
-    """The networks of K clients, ready for rounds."""
+    """Networks of K clients, ready for rounds of K or fewer."""
 
     step: LocalStep
     captured: CapturedStep | None = None
@@ -74,19 +75,17 @@ class _Kept(threading.local):
 
     model: nn.Module | None = None
     plan: TrainingPlan | None = None
+    stack: _Stack | None = None
+    module: nn.Module | None = None
 
     def __init__(self) -> None:
-        self.stacks: dict[tuple[int, int], _Stack] = {}
         self.sizes: dict[tuple[int, int], int] = {}
-        self.modules: list[nn.Module] = []
 
     def forget_others(self, model: nn.Module, plan: TrainingPlan) -> None:
         """Keep nothing of another model or plan."""
         if self.model is not model or self.plan != plan:
-            self.stacks.clear()
+            self.model, self.plan, self.stack, self.module = model, plan, None, None
             self.sizes.clear()
-            self.modules.clear()
-            self.model, self.plan = model, plan
 
 
 class CohortTrainer:
@@ -131,8 +130,7 @@ class CohortTrainer:
         self._device, self._engine, self._limits = device, engine, limits
         self._is_kept, self._max_clients = is_kept, max_clients
         self._kept = _Kept()
-        self._stackable: tuple[nn.Module | None, bool] = (None, False)
-        self._fastest: FastestWay | None = None
+        self._found: tuple[nn.Module | None, str] = (None, "")
         self._pool: ThreadPoolExecutor | None = None
         if workers is not None and device.type == "cpu":
             self._pool = ThreadPoolExecutor(
@@ -161,7 +159,9 @@ class CohortTrainer:
             The place of a member, and its :class:`Trained` or the exception that it failed with. What
             fails for one member fails for it alone, or for those that were trained at once with it.
         """
-        job = _Job(model, state, plan, server_round, self._engine_for(model, members))
+        if not members:
+            return
+        job = _Job(model, state, plan, server_round, self._engine_for(model, members[0].data.shape))
         chunks = self._chunks(job, members)
         if self._pool is None:
             for chunk in chunks:
@@ -176,28 +176,33 @@ class CohortTrainer:
                 future.cancel()
 
     def close(self) -> None:
-        """End the workers; what they have begun is waited for."""
+        """End the workers, and give back what was kept; what they have begun is waited for."""
+        self._kept = _Kept()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            # A worker's number of threads is also that of threads which start later: no longer.
+            torch.set_num_threads(torch.get_num_threads())
 
-    def _engine_for(self, model: nn.Module, members: Sequence[Member]) -> str:
+    def _engine_for(self, model: nn.Module, shape: tuple[int, int, int]) -> str:
         if self._engine != "auto":
             return self._engine
-        if self._limits.max_batch is not None or not members:
+        if self._limits.max_batch is not None:
             return "plain"
-        if self._stackable[0] is not model:
-            self._stackable = (model, is_stackable(model, members[0].data.shape))
-        if self._stackable[1]:
-            return "stacked"
-        return "vmap" if self._device.type == "cuda" else "plain"
+        known, engine = self._found
+        if known is not model:
+            engine = _suitable_engine(model, shape, self._device)
+            self._found = (model, engine)
+        return engine
 
     def _chunks(self, job: _Job, members: Sequence[Member]) -> list[list[int]]:
-        """Divide the members' places into chunks, each of one batch size, that are trained at once."""
-        by_batch_size: dict[int, list[int]] = defaultdict(list)
+        """Divide the members' places into chunks, each of one kind of batch, that are trained at once."""
+        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for place, member in enumerate(members):
-            by_batch_size[member.batch_size(job.plan)].append(place)
+            data = member.data
+            kind = (member.batch_size(job.plan), data.max_value, data.images.dtype, data.shape)
+            alike[kind].append(place)
         chunks = []
-        for places in by_batch_size.values():
+        for places in alike.values():
             size = self._chunk_size(job, [members[place] for place in places])
             # Those of one chunk had better take as many steps.
             places.sort(key=lambda place: -members[place].steps(job.plan))
@@ -216,7 +221,7 @@ class CohortTrainer:
         if key not in self._kept.sizes:
             try:
                 self._kept.sizes[key] = self._clients_that_fit(job, members)
-            except torch.OutOfMemoryError:
+            except Exception:  # each client will say for itself what it is
                 self._kept.sizes[key] = 1
         return self._kept.sizes[key]
 
@@ -224,18 +229,20 @@ class CohortTrainer:
         """Measure what a few clients take, and divide the cohort into equal chunks by it."""
         probed = members[:_PROBED]
         with arithmetic(self._device, self._limits):
-            stack = self._stack(job, probed)
+            inputs = _blank(job, members[0], len(probed))
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
-            stack.step.start(job.state)
-            stack.step(*_blank(stack, members[0], job.plan, len(probed)))
+            step = LocalStep(self._network(job, probed, for_one_client(job.plan.attack)), job.plan)
+            step.start(job.state)
+            step(len(probed), *inputs)
             peak = torch.cuda.max_memory_allocated(self._device) - before
-        if len(probed) < len(members):  # else it is the one that will be used
-            self._kept.stacks.clear()
-        own = sum(tensor.nbytes for tensor in job.state.values())
-        # Of a client: weights, momentum and result, besides what a step takes.
-        per_client = peak // len(probed) + 3 * own
-        return clients_that_fit(len(members), per_client, len(members) * own, self._device)
+        of_inputs = sum(tensor.nbytes for tensor in inputs) // len(probed)
+        # Of a client, besides: its round's noise, a step's inputs and the graph's copy of them.
+        of_step = inputs[2].nbytes // len(probed)
+        of_noise = max(of_step, min(NOISE_BYTES, job.plan.training.local_steps * of_step))
+        per_client = peak // len(probed) + of_noise + 2 * of_inputs
+        kept = len(members) * sum(tensor.nbytes for tensor in job.state.values())
+        return clients_that_fit(len(members), per_client, kept, self._device)
 
     def _outcomes(self, job: _Job, members: Sequence[Member], chunk: list[int]) -> list[Outcome]:
         try:
@@ -247,7 +254,7 @@ class CohortTrainer:
         except Exception as error:  # a member's, whatever it is: the others go on
             return [(place, error) for place in chunk]
         # Other programs may have taken memory since it was measured.
-        self._kept.stacks.clear()
+        self._kept.stack = None
         torch.cuda.empty_cache()
         half = -(-len(chunk) // 2)
         self._kept.sizes = {key: min(size, half) for key, size in self._kept.sizes.items()}
@@ -259,14 +266,17 @@ class CohortTrainer:
 
     def _train_chunk(self, job: _Job, members: Sequence[Member]) -> list[Trained]:
         started = time.perf_counter()
+        if not len(members[0].data):  # those of a chunk have equally many
+            raise DataError("There is no sample to train on: give this client at least one image.")
         with arithmetic(self._device, self._limits):
             if job.engine == "plain":
                 results = [self._train_plainly(job, member) for member in members]
             else:
                 stack = self._stack(job, members)
+                take_step = self._taking(job, stack, members)
                 results = train_stacked(
                     stack.step,
-                    self._taking(job, stack, members),
+                    take_step,
                     job.state,
                     members,
                     job.plan,
@@ -278,41 +288,51 @@ class CohortTrainer:
 
     def _train_plainly(self, job: _Job, member: Member) -> tuple[dict[str, Tensor], LocalMetrics]:
         self._kept.forget_others(job.model, job.plan)
-        if not self._kept.modules:
-            self._kept.modules.append(copy.deepcopy(job.model))
-        model, plan = self._kept.modules[0], member.own_plan(job.plan)
+        if self._kept.module is None:
+            self._kept.module = copy.deepcopy(job.model)
+        model = self._kept.module
+        if set(job.state) != {name for name, _ in _tensors(model)}:
+            model = copy.deepcopy(job.model)  # it has buffers that no state sets back
         model.load_state_dict(job.state)
+        plan = member.own_plan(job.plan)
         metrics = local_train(
             model, member.data, plan, job.server_round, member.client, self._limits
         )
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}, metrics
 
     def _stack(self, job: _Job, members: Sequence[Member]) -> _Stack:
-        """Return networks for so many clients of this batch size, made once."""
+        """Return networks for so many clients or more, kept from chunk to chunk."""
         self._kept.forget_others(job.model, job.plan)
-        key = (len(members), members[0].batch_size(job.plan))
-        if key not in self._kept.stacks:
-            step = LocalStep(self._network(job, members), key[1], job.plan)
-            self._kept.stacks[key] = _Stack(step)
-        return self._kept.stacks[key]
+        stack = self._kept.stack
+        if stack is None or stack.step.network.num_clients < len(members):
+            self._kept.stack = None  # before the larger one takes its place
+            network = self._network(job, members, self._choose_way(job, members))
+            stack = self._kept.stack = _Stack(LocalStep(network, job.plan))
+        return stack
 
-    def _network(self, job: _Job, members: Sequence[Member]) -> CohortNetwork:
+    def _choose_way(self, job: _Job, members: Sequence[Member]) -> ChooseWay:
+        if self._device.type != "cuda" or not self._is_kept:
+            return for_one_client(job.plan.attack)
+        copies = num_copies(job.plan) * members[0].batch_size(job.plan)
+        return FastestWay(len(members), copies, self._dtype(job), self._device)
+
+    def _network(
+        self, job: _Job, members: Sequence[Member], choose_way: ChooseWay
+    ) -> CohortNetwork:
         if job.engine == "vmap":
             return MappedNetwork(copy.deepcopy(job.model), len(members), self._limits.bf16)
-        dtype = torch.bfloat16 if self._limits.bf16 else next(job.model.parameters()).dtype
-        choose: ChooseWay = for_one_client(job.plan.attack)
-        if self._device.type == "cuda" and self._is_kept:
-            if self._fastest is None:
-                copies = job.plan.smoothing.num_noise_vectors * members[0].batch_size(job.plan)
-                self._fastest = FastestWay(len(members), copies, dtype, self._device)
-            choose = self._fastest
         try:
-            return StackedNetwork(job.model, members[0].data.shape, len(members), choose, dtype)
+            return StackedNetwork(
+                job.model, members[0].data.shape, len(members), choose_way, self._dtype(job)
+            )
         except UnknownLayerError as error:
             raise ConfigError(
                 f"engine=stacked cannot train {job.plan.model.name}: {error}. Allowed are engine=auto, "
                 "engine=vmap and engine=plain."
             ) from error
+
+    def _dtype(self, job: _Job) -> torch.dtype:
+        return torch.bfloat16 if self._limits.bf16 else next(job.model.parameters()).dtype
 
     def _taking(self, job: _Job, stack: _Stack, members: Sequence[Member]) -> TakeStep:
         """Return how steps are taken: by graphs where the device has them and rounds will come."""
@@ -321,40 +341,67 @@ class CohortTrainer:
         if stack.captured is None:
             stack.captured = CapturedStep(stack.step)
         steps = [member.steps(job.plan) for member in members]
-        for num_active in {sum(each > number for each in steps) for number in range(max(steps))}:
-            blank = _blank(stack, members[0], job.plan, num_active)
-            if not stack.captured.has(len(blank[0])):
-                stack.step.start(job.state)
-                try:
-                    stack.captured.capture(*blank)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # a model that looks at its data, say
-                    warnings.warn(
-                        f"Steps of {job.plan.model.name} cannot be captured in a CUDA graph ({error}): "
-                        "they are taken one by one, which is slower.",
-                        RuntimeWarning,
-                        stacklevel=1,
-                    )
-                    stack.captured, stack.cannot_be_captured = None, True
-                    return stack.step
+        sizes = {sum(each > number for each in steps) for number in range(max(steps))}
+        for num_active in sorted(sizes, reverse=True):  # the largest first: all share its memory
+            inputs = _blank(job, members[0], num_active)
+            if stack.captured.has(num_active, len(inputs[0])):
+                continue
+            stack.step.start(job.state)
+            stack.captured.warm_up(num_active, inputs)
+            try:
+                stack.captured.capture(num_active, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a model that looks at its data, say
+                warnings.warn(
+                    f"Steps of {job.plan.model.name} cannot be captured in a CUDA graph ({error}): "
+                    "they are taken one by one, which is slower.",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
+                stack.captured, stack.cannot_be_captured = None, True
+                return stack.step
         return stack.captured
 
 
-def _blank(
-    stack: _Stack, member: Member, plan: TrainingPlan, num_clients: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _suitable_engine(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> str:
+    """Try which engine does what the model does, the fastest first."""
+
+    def stacked(model: nn.Module) -> CohortNetwork:
+        return StackedNetwork(model, shape, 1, for_one_client(AttackConfig()))
+
+    engines: dict[str, Callable[[nn.Module], CohortNetwork]] = {"stacked": stacked}
+    if device.type == "cuda":
+        engines["vmap"] = lambda model: MappedNetwork(model, 2)
+    for engine, make in engines.items():
+        try:
+            require_agreement(make, model, shape)
+        except UnknownLayerError:
+            continue
+        return engine
+    return "plain"
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def num_copies(plan: TrainingPlan) -> int:
+    """Return m, or 1 without noise: copies that were all equal would be in vain."""
+    return plan.smoothing.num_noise_vectors if plan.smoothing.sigma > 0 else 1
+
+
+def _blank(job: _Job, member: Member, num_clients: int) -> Inputs:
     """Return images, labels and noise of a step's sizes, all zero."""
-    size = num_clients * member.batch_size(plan)
-    copies = plan.smoothing.num_noise_vectors if plan.smoothing.sigma > 0 else 1
-    like = stack.step.network.weights[0]
-    x = like.new_zeros((size, *member.data.shape))
-    return x, member.data.labels.new_zeros(size), like.new_zeros((copies, *x.shape))
+    size = num_clients * member.batch_size(job.plan)
+    x = next(job.model.parameters()).new_zeros((size, *member.data.shape))
+    return x, member.data.labels.new_zeros(size), x.new_zeros((num_copies(job.plan), *x.shape))
 
 
 @contextmanager
 def arithmetic(device: torch.device, limits: DeviceLimits) -> Iterator[None]:
-    """Let CUDA multiply float32 in TF32 where the limits say so, and nowhere else."""
+    """Compute on this device; let CUDA multiply float32 in TF32 where the limits say so, only there."""
     if device.type != "cuda":
         yield
         return
@@ -362,6 +409,8 @@ def arithmetic(device: torch.device, limits: DeviceLimits) -> Iterator[None]:
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = limits.tf32
     try:
-        yield
+        # Streams, events and graphs are of the current device, whatever their tensors are on.
+        with torch.cuda.device(device):
+            yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

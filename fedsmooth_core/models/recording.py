@@ -36,19 +36,12 @@ def _has_no_parts(module: nn.Module) -> bool:
     return not isinstance(module, nn.Sequential) and not list(module.children())
 
 
-def record(
-    model: nn.Module,
-    shape: tuple[int, ...],
-    is_layer: Callable[[nn.Module], bool] = _has_no_parts,
-    batch: int = 2,
-) -> list[Call]:
-    """Record a pass in eval mode over a batch of images.
+def record(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
+    """Record a pass in eval mode over two black images. A module without parts is one step.
 
     Args:
         model: left as it is.
         shape: (C, H, W) of an image.
-        is_layer: which modules are one step, whatever is inside; those without parts.
-        batch: images of the pass.
 
     Returns:
         The calls in order; the last one gives the model's result.
@@ -56,12 +49,15 @@ def record(
     Raises:
         UnreadableModelError: where the pass fails, uses a tensor that no call gave, or ends with one.
     """
-    skeleton = copy.deepcopy(model).cpu().eval()
+    try:
+        skeleton = copy.deepcopy(model).cpu().eval()
+    except Exception as error:  # a module may keep what cannot be copied
+        raise UnreadableModelError(f"it cannot be copied ({error})") from error
     dtype = next((weight.dtype for weight in skeleton.parameters()), torch.float32)
-    images = torch.zeros(batch, *shape, dtype=dtype)
+    images = torch.zeros(2, *shape, dtype=dtype)
     recorder = _Recorder(images)
     for name, module in skeleton.named_modules():
-        if name and is_layer(module):
+        if name and _has_no_parts(module):
             recorder.watch(name, module)
     try:
         with torch.no_grad(), recorder:

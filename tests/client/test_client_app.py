@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from asked_client import SIMULATED, answer, asked, sentence
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 import client.app
+from client.local_data import local_data
 from fedsmooth_core import wire
 from fedsmooth_core.cohort import CohortTrainer, Member, trainer
 from fedsmooth_core.config import (
@@ -261,3 +262,27 @@ def test_messages_that_are_answered_together_are_answered_as_if_alone():
         if not one.has_error():
             states = [reply.content["arrays"].to_torch_state_dict() for reply in (one, other)]
             torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+
+
+def test_whatever_fails_at_one_client_the_others_are_answered(monkeypatch):
+    def failing(facts, plan, spec, class_names, client, device, shared=False):
+        if client == 1:
+            raise OSError("the disk is gone")
+        if client == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return local_data(facts, plan, spec, class_names, client, device, shared)
+
+    monkeypatch.setattr(client.app, "local_data", failing)
+    contents = [question(**{"partition-id": number}) for number in range(4)]
+    contents.append(question(**{"partition-id": 0}))
+    array = contents[4]["arrays"]["network.0.weight"]
+    contents[4]["arrays"]["network.0.weight"] = Array(array.dtype, array.shape, array.stype, b"?")
+    node = {"device": "cpu"}
+    questions = [asked(each, node, message_id=str(k)) for k, each in enumerate(contents)]
+    replies = {
+        reply.metadata.reply_to_message_id: reply
+        for reply in client.app.train_together(questions, client.app.Trainers())
+    }
+    assert [replies[str(k)].has_error() for k in range(5)] == [False, True, False, True, True]
+    assert replies["1"].error.reason == "OSError: the disk is gone"
+    assert "set a smaller max-batch" in replies["3"].error.reason

@@ -1,5 +1,7 @@
 """TensorArray beside Flower's own Array: the same in every way but what it costs."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,13 @@ def test_a_tensor_stays_on_its_device():
         torch.cuda.set_sync_debug_mode("default")
     assert all(array.tensor.is_cuda for array in record.values())
     assert record.object_id == ArrayRecord(some_state(3)).object_id
+
+
+def test_a_copy_in_another_process_is_an_ordinary_array_of_its_own_values():
+    stack = torch.arange(4000.0).view(40, 100)
+    array = TensorArray(stack[3])
+    packed = pickle.dumps(array)
+    assert len(packed) < 1000
+    copy = pickle.loads(packed)
+    assert type(copy) is Array
+    assert np.array_equal(copy.numpy(), stack[3].numpy())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ def shared_members(num_clients, size=12):
     whole = make_data(40)
     rows = [np.arange(size) + 3 * client for client in range(num_clients)]
     return [Member(client, whole.subset(own)) for client, own in enumerate(rows)]
+
+
+@pytest.fixture
+def one_thread():
+    """As many as a worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def train(engine, model, members, plan, server_round=2, device=CPU):
@@ -148,11 +158,11 @@ def test_clients_may_hold_different_numbers_of_samples_of_their_own(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("workers", [None, 1, 2, 3])
-def test_a_clients_result_does_not_depend_on_its_cohort_nor_on_the_worker(engine, workers):
+def test_a_clients_result_does_not_depend_on_its_cohort_nor_on_the_worker(
+    one_thread, engine, workers
+):
     """To the bit on a CPU one by one; the chunks of stacked engines add in other orders."""
     settings, plan = ENGINES[engine], make_plan(momentum=0.9)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the workers
     members = shared_members(5)
     together = train(settings | {"workers": workers}, make_model("residual"), members, plan)
     for chosen in ([0], [3, 1], [4, 2, 1, 0]):
@@ -164,7 +174,6 @@ def test_a_clients_result_does_not_depend_on_its_cohort_nor_on_the_worker(engine
                 for name, tensor in result.state.items():
                     assert torch.equal(tensor, together[place].state[name])
             torch.testing.assert_close(result.state, together[place].state, rtol=0, atol=1e-12)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -317,11 +326,11 @@ def test_float32_and_bfloat16_are_as_exact_as_the_plain_loop_in_them(engine, lim
 
 def test_a_step_leaves_clients_that_take_no_part_as_they_are():
     network = StackedNetwork(make_model(), SHAPE, 3, for_one_client(AttackConfig()))
-    step = LocalStep(network, 2, make_plan())
+    step = LocalStep(network, make_plan())
     step.start(make_model().state_dict())
     before = [weight.clone() for weight in network.weights]
     x = torch.rand(4, *SHAPE, dtype=torch.float64)
-    step(x, torch.zeros(4, dtype=torch.int64), torch.rand(2, *x.shape, dtype=torch.float64))
+    step(2, x, torch.zeros(4, dtype=torch.int64), torch.rand(2, *x.shape, dtype=torch.float64))
     for weight, old in zip(network.weights, before, strict=True):
         assert torch.equal(weight[2], old[2])
         assert not torch.equal(weight[:2], old[:2])
@@ -379,3 +388,51 @@ def test_on_cuda_kept_graphs_follow_new_rounds_and_states():
             torch.testing.assert_close(
                 results[place].state, dict(own.state_dict()), rtol=0, atol=1e-10
             )
+
+
+def test_members_with_other_images_are_told_apart():
+    """One says 255 is white, the other 16; some share a data set, some do not."""
+    own = make_data(12, seed=5)
+    members = [
+        *shared_members(2),
+        Member(7, ClientData(own.images, own.labels, 16)),
+        Member(8, own),
+    ]
+    assert_as_the_plain_loop(ENGINES["stacked"], "alexnet-like", members, make_plan())
+
+
+class Counting(nn.Module):
+    """Remembers, in no state, how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 0.1 * self.calls)
+
+
+def test_no_client_leaves_anything_to_the_next():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(288, 4), Counting()).double()
+    members, plan = shared_members(3), make_plan()
+    together = train({}, model, members, plan)
+    for member, result in zip(members, together, strict=True):
+        (alone,) = train({}, model, [member], plan)
+        assert all(torch.equal(result.state[k], v) for k, v in alone.state.items())
+
+
+def test_closing_ends_the_workers_and_what_they_said_of_threads():
+    before = torch.get_num_threads()
+    trainer = CohortTrainer(CPU, workers=2)
+    dict(
+        trainer.train(
+            make_model(), dict(make_model().state_dict()), shared_members(2), make_plan(), 1
+        )
+    )
+    trainer.close()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [before]
