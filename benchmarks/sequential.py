@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="the model to replay; else one on the digits"
     )
-    parser.add_argument("--images", type=int, default=60, help="how many images are replayed (60)")
+    parser.add_argument("--images", type=int, default=40, help="how many images are replayed (40)")
     parser.add_argument("--quick", action="store_true", help="a few seconds: does it run?")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from fedsmooth_core.errors import CertificationError
 NOISE_BLOCK = 128
 """Draws that one ``normal_`` fills. Part of what a certificate's noise is: never change it."""
 
-LARGEST_OUTPUT = {"cpu": 6 * 2**20, "cuda": 128 * 2**20}
+LARGEST_OUTPUT = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """Bytes that a layer's output takes at most in a pass whose size nobody set, beyond one block of noise.
 
 On a CPU what leaves the cache costs time, and what leaves malloc's heap costs page faults at each layer.
