@@ -30,6 +30,7 @@ import workload
 from harness import REPOSITORY, Headline, Section, Size, Timing, main
 
 _MARK = "FEDSMOOTH_BENCHMARK_FOLDER"
+_SAMPLES = 500
 _PATIENCE = 240.0
 """Seconds without a new round after which a run has failed."""
 RAY = "Flower's Simulation Runtime"
@@ -64,7 +65,7 @@ def _write_images(folder: Path, count: int) -> None:
 
 
 def _overrides(
-    folder: Path, run_dir: Path, clients: int, steps: int, rounds: int, device: str
+    folder: Path, run_dir: Path, nodes: int, clients: int, steps: int, rounds: int, device: str
 ) -> list[str]:
     settings = {
         "run_dir": run_dir,
@@ -72,9 +73,10 @@ def _overrides(
         "dataset.root": folder / "images",
         "model": "alexnet",
         "partition": "iid",
-        "partition.num_clients": clients,
+        "partition.num_clients": nodes,
+        "partition.samples_per_client": _SAMPLES,
         "federation.num_rounds": rounds + 1,
-        "federation.cohort_fraction": 1.0,
+        "federation.cohort_fraction": clients / nodes,
         "federation.checkpoint_every": 1000,
         "training.local_steps": steps,
         "evaluation.every": 0,
@@ -160,7 +162,7 @@ def _follow(run_dir: Path, rounds: int, process: subprocess.Popen[bytes], log: P
 
 
 def _run(
-    system: str, folder: Path, overrides: list[str], clients: int, rounds: int, device: torch.device
+    system: str, folder: Path, overrides: list[str], nodes: int, rounds: int, device: torch.device
 ) -> _Rounds:
     folder.mkdir()
     environment = _environment(folder)
@@ -169,9 +171,7 @@ def _run(
         settings = folder / "run.toml"
         settings.write_text(f"overrides = {json.dumps(' '.join(overrides))}\n")
         cores = os.cpu_count() or 1
-        resources = (
-            f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={cores}"
-        )
+        resources = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={cores}"
         if device.type == "cuda":
             # As many clients at a time on the one accelerator as there are cores.
             resources += f" client-resources-num-gpus={1 / cores:.4f} init-args-num-gpus=1"
@@ -202,9 +202,11 @@ def _missing() -> str:
 
 def run(size: Size, device: torch.device) -> Section:
     """Time rounds of both, in turns."""
-    clients, steps, rounds, repeats = (2, 1, 1, 1) if size is Size.QUICK else (6, 10, 4, 2)
+    nodes, clients, steps, rounds, repeats = 2, 2, 1, 1, 1
+    if size is Size.FULL:
+        nodes, clients, steps, rounds, repeats = 1000, 10, 10, 2, 2
     if size is Size.FULL and device.type == "cuda":
-        clients, steps, rounds, repeats = 100, 20, 2, 1
+        clients, steps, repeats = 100, 20, 1
     columns = {
         "what": "What",
         "median_seconds": "Seconds a round, median",
@@ -220,11 +222,11 @@ def run(size: Size, device: torch.device) -> Section:
     found = {system: _Rounds() for system in SYSTEMS}
     with tempfile.TemporaryDirectory() as name:
         top = Path(name).resolve()
-        _write_images(top / "images", clients * steps * 30)
+        _write_images(top / "images", max(10 * _SAMPLES, nodes))
         for number, (_, system) in enumerate(itertools.product(range(repeats), SYSTEMS)):
             folder = top / f"run{number}"
-            overrides = _overrides(top, folder / "run", clients, steps, rounds, device.type)
-            result = _run(system, folder, overrides + SYSTEMS[system], clients, rounds, device)
+            overrides = _overrides(top, folder / "run", nodes, clients, steps, rounds, device.type)
+            result = _run(system, folder, overrides + SYSTEMS[system], nodes, rounds, device)
             found[system].seconds.extend(result.seconds)
             found[system].of_clients.extend(result.of_clients)
     timings = {system: Timing(tuple(result.seconds)) for system, result in found.items()}
@@ -239,8 +241,8 @@ def run(size: Size, device: torch.device) -> Section:
         columns=columns,
         rows=rows,
         notes=[
-            f"{clients} clients a round, E = {steps}, m = 2, T = 2, B = 30; {repeats} runs of each in "
-            f"turns, the first round of a run not timed; {os.cpu_count()} cores."
+            f"{clients} of {nodes} clients a round, E = {steps}, m = 2, T = 2, B = 30; {repeats} runs of "
+            f"each in turns, the first round of a run not timed; {os.cpu_count()} cores."
         ],
         headlines=[
             Headline(f"{row['what']}, against {RAY}", row["ratio"], target) for row in rows[1:]
