@@ -19,7 +19,7 @@ seconds of the clock.
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -272,6 +272,38 @@ def _in_nhwc(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
+def headlines(rows: Sequence[dict[str, Any]], device: torch.device) -> list[Headline]:
+    """Set what was measured of ours beside the targets."""
+    lines = []
+    for row in rows:
+        if not str(row["what"]).startswith("ours"):
+            continue
+        precision = str(row["what"]).split()[1]
+        where = "CUDA" if row["threads"] is None else f"CPU threads: {row['threads']}"
+        what = f"certification, {row['model']} {precision}, {where}"
+        lines.append(
+            Headline(f"{what}: of the bare pass", f"{row['of_bare']:.2f}", f">= {TARGET_OF_BARE}")
+        )
+        target = TARGETS_OF_COHEN[row["model"], precision]
+        lines.append(
+            Headline(
+                f"{what}: of Cohen et al.",
+                f"{row['of_cohen']:.2f}x",
+                f">= {target}x" if device.type == "cpu" else "",
+            )
+        )
+        if device.type == "cuda":
+            minutes = DRAWS_OF_10_000_IMAGES / row["per_second"] / 60
+            lines.append(
+                Headline(
+                    f"{what}: 10,000 images at n = 100,000, estimated from the rate",
+                    f"{minutes:.1f} min",
+                    "< 10 min (H200)" if row["model"] == "alexnet" else "",
+                )
+            )
+    return lines
+
+
 def run(size: Size, device: torch.device) -> Section:
     """Measure both models with one thread and with all; on CUDA once."""
     all_threads = torch.get_num_threads()
@@ -292,33 +324,6 @@ def run(size: Size, device: torch.device) -> Section:
         "Noisy images a second; ratios are medians of the ratios within a round. Cohen et al. and ART: "
         "the better of their batch sizes, in float32. Options: forward passes alone, against none.",
     ]
-    headlines = []
-    for row in rows:
-        if not str(row["what"]).startswith("ours"):
-            continue
-        precision = str(row["what"]).split()[1]
-        where = "CUDA" if row["threads"] is None else f"{row['threads']} CPU threads"
-        what = f"certification, {row['model']} {precision}, {where}"
-        headlines.append(
-            Headline(f"{what}: of the bare pass", f"{row['of_bare']:.2f}", f">= {TARGET_OF_BARE}")
-        )
-        target = TARGETS_OF_COHEN[row["model"], precision]
-        headlines.append(
-            Headline(
-                f"{what}: of Cohen et al.",
-                f"{row['of_cohen']:.2f}x",
-                f">= {target}x" if device.type == "cpu" else "",
-            )
-        )
-        if device.type == "cuda":
-            minutes = DRAWS_OF_10_000_IMAGES / row["per_second"] / 60
-            headlines.append(
-                Headline(
-                    f"{what}: 10,000 images at n = 100,000, estimated from the rate",
-                    f"{minutes:.1f} min",
-                    "< 10 min (H200)" if row["model"] == "alexnet" else "",
-                )
-            )
     columns = {
         "model": "Model",
         "threads": "Threads",
@@ -330,7 +335,7 @@ def run(size: Size, device: torch.device) -> Section:
         "of_art": "Of ART's",
         "of_none": "Of no option",
     }
-    return Section("Certification", columns, rows, notes, left_out, headlines)
+    return Section("Certification", columns, rows, notes, left_out, headlines(rows, device))
 
 
 if __name__ == "__main__":

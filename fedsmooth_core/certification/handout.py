@@ -13,10 +13,13 @@ class Handout:
         num_images: how many there are.
         most_ahead: how many may be handed out beyond those that :meth:`advance` counted; None is no
             bound.
+        num_takers: who take in turns. Nobody is given more than an equal share of what is left, so that
+            all end at about the same time.
     """
 
-    def __init__(self, num_images: int, most_ahead: int | None = None) -> None:
+    def __init__(self, num_images: int, most_ahead: int | None = None, num_takers: int = 1) -> None:
         self._num_images = num_images
+        self._num_takers = num_takers
         self._most_ahead = num_images if most_ahead is None else most_ahead
         self._next = 0
         self._num_done = 0
@@ -33,7 +36,8 @@ class Handout:
             while wait and self._room == 0 and self._next < self._num_images:
                 self._changed.wait()
             start = self._next
-            self._next += min(most, self._room)
+            share = -(-(self._num_images - start) // self._num_takers)
+            self._next += min(most, self._room, share)
             return list(range(start, self._next))
 
     def advance(self) -> None:

@@ -42,7 +42,7 @@ def rows_of_all(
     Raises:
         Exception: the first that a thread raised.
     """
-    handout = Handout(num_images, IMAGES_AHEAD * len(devices))
+    handout = Handout(num_images, IMAGES_AHEAD * len(devices), len(devices))
     all_passes = [passes_of(_on(model, device), device) for device in devices]
     results: queue.SimpleQueue[tuple[int, CertifiedRow] | BaseException | None]
     results = queue.SimpleQueue()

@@ -19,6 +19,13 @@ def test_no_more_than_the_bound_are_handed_out_ahead():
     assert handout.take(4, wait=False) == [2]
 
 
+def test_nobody_is_given_more_than_a_share_of_what_is_left():
+    """Two images of many draws fill one group of passes, yet two workers take one each."""
+    handout = Handout(7, num_takers=2)
+    assert [handout.take(16, wait=True) for _ in range(4)] == [[0, 1, 2, 3], [4, 5], [6], []]
+    assert Handout(2, num_takers=2).take(16, wait=True) == [0]
+
+
 def test_who_waits_goes_on_when_rows_were_taken_and_ends_when_it_closes():
     handout, taken = Handout(5, most_ahead=1), []
 
