@@ -2,10 +2,40 @@
 
 import copy
 import operator
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+_TRACING = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """Traces in its own thread alone. ``torch.fx`` takes over every module's calls in the process while it
+    traces, but a service computes with other models meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -28,7 +58,8 @@ def folded(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     try:
-        traced = fx.symbolic_trace(model)
+        with _TRACING:
+            traced = fx.GraphModule(model, _Tracer().trace(model))
     # Tracing runs the model's own code, which may object to a stand-in for images in any way.
     except Exception:
         return model

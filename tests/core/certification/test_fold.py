@@ -1,4 +1,5 @@
 import copy
+import threading
 
 import hypothesis.strategies as st
 import pytest
@@ -135,3 +136,36 @@ def test_what_cannot_be_traced_is_copied():
     assert type(copied) is Untraceable
     assert copied is not model
     assert differ(model, torch.randn((5, 3, 6, 6), dtype=torch.float64)) == 0
+
+
+def test_models_of_other_threads_compute_on_and_fold_meanwhile():
+    """torch.fx takes over the calls of every module in the process while it traces."""
+    stop, failures, num_norms = threading.Event(), [], []
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def guarded(work):
+        try:
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            failures.append(error)
+
+    def fold():
+        num_norms.append(sum(isinstance(m, nn.BatchNorm2d) for m in folded(net).modules()))
+
+    def compute():
+        other(torch.rand(2, 3, 8, 8))
+
+    threads = [
+        threading.Thread(target=guarded, args=(work,)) for work in (compute, fold, compute, fold)
+    ]
+    for thread in threads:
+        thread.start()
+    stop.wait(1.0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(num_norms) >= 10
+    assert set(num_norms) == {0}
