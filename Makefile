@@ -1,7 +1,7 @@
 # make run   makes the environment, trains federated on the digits, certifies, draws the curve
 # make test  makes the environment, lints, type-checks, tests
 # make deploy  a server, CLIENTS clients and a certifier as containers: trains, certifies, into runs/RUN
-# make bench  measures everything that docs/performance.md quotes; make bench-gpu the same on a GPU
+# make bench  measures speed against other programs (docs/performance.md); make bench-gpu the same on a GPU
 .PHONY: run test slow deploy bench bench-gpu bench-peers format clean
 .DEFAULT_GOAL := run
 

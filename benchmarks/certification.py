@@ -165,9 +165,9 @@ class Workload:
         candidates: dict[str, tuple[Callable[[], object], int]] = {}
         details: dict[str, str] = {}
         for precision in DTYPES:
+            computing = in_precision(self.model, precision)  # first: it switches TF32 off
             details[f"bare {precision}"], call = self.best_bare(precision)
             candidates[f"bare {precision}"] = (call, self.num_draws)
-            computing = in_precision(self.model, precision)
             candidates[f"ours {precision}"] = (
                 partial(ours, computing, self.images, self.num_draws, precision, devices),
                 self.num_draws,

@@ -22,8 +22,8 @@ def compiled_if_faster(model: nn.Module, batch: Tensor) -> nn.Module:
         model: in eval mode, on the device of ``batch``.
         batch: images of the shape that all passes will have.
     """
-    compiled = torch.compile(model, dynamic=False)
     try:
+        compiled = torch.compile(model, dynamic=False)
         plain, faster = _medians(model, compiled, batch)
     # Its backends raise errors of many kinds: no C++ compiler, an operation that they do not know.
     except Exception as error:

@@ -57,6 +57,8 @@ def folded(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
+    if not _is_plain(model):
+        return model
     try:
         with _TRACING:
             traced = fx.GraphModule(model, _Tracer().trace(model))
@@ -71,8 +73,8 @@ def folded(model: nn.Module) -> nn.Module:
     ]
     if not pairs:
         return model
-    for convolution, norm in pairs:
-        name = f"{convolution.target}_{norm.target}".replace(".", "_")
+    for number, (convolution, norm) in enumerate(pairs):
+        name = f"_folded_{number}"
         traced.add_submodule(name, _one(modules[convolution.target], modules[norm.target]))
         convolution.target = name
         norm.replace_all_uses_with(convolution)
@@ -83,8 +85,20 @@ def folded(model: nn.Module) -> nn.Module:
     return traced
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module has no hooks: one may change what it takes, what it gives, or its weights."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return not any(hooks) and not hasattr(module, "parametrizations")
+
+
+def _takes_one_value(node: fx.Node) -> bool:
+    return len(node.args) == 1 and not node.kwargs
+
+
 def _is_foldable_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     norm = modules.get(str(node.target)) if node.op == "call_module" else None
+    if norm is None or not _takes_one_value(node) or norm.training or not _is_plain(norm):
+        return False
     # In eval mode a layer without running statistics still normalises by those of the batch.
     return type(norm) is nn.BatchNorm2d and norm.running_mean is not None
 
@@ -92,7 +106,8 @@ def _is_foldable_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def _is_foldable_convolution(node: object, modules: dict[str, nn.Module]) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return False
-    return type(modules[str(node.target)]) is nn.Conv2d
+    convolution = modules[str(node.target)]
+    return type(convolution) is nn.Conv2d and _is_plain(convolution)
 
 
 @torch.no_grad()
@@ -121,7 +136,7 @@ def _overwrite(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         is_function = node.op == "call_function" and node.target is F.relu
         is_module = node.op == "call_module" and type(modules[node.target]) is nn.ReLU
-        if (is_function or is_module) and _is_scratch(node.args[0], modules):
+        if (is_function or is_module) and node.args and _is_scratch(node.args[0], modules):
             node.op, node.target = "call_function", torch.relu_
             node.args, node.kwargs = node.args[:1], {}
 

@@ -215,8 +215,14 @@ class Passes:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
-                # Other threads may go on allocating, for devices of their own.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                # PyTorch captures once at a time in a process, by default on one stream of one device for
+                # all. Whatever becomes of it, this thread's stream is then the one that it was. Other
+                # threads may go on allocating, for devices of their own.
+                with (
+                    _CAPTURING,
+                    torch.cuda.stream(torch.cuda.current_stream()),
+                    torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+                ):
                     self._step()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
@@ -249,9 +255,14 @@ def _check_scores(scores: Tensor, batch: int) -> None:
 def _fitting_batch_size(model: nn.Module, shape: torch.Size, device: torch.device) -> int:
     seen = _LargestOutput()
     with torch.inference_mode(), seen:
-        model(torch.zeros((1, *shape), device=device))
-    blocks = LARGEST_OUTPUT[_kind(device)] // (NOISE_BLOCK * max(1, seen.num_bytes))
+        model(torch.zeros((_PROBED, *shape), device=device))
+    bytes_per_image = max(1, seen.num_bytes // _PROBED)
+    blocks = LARGEST_OUTPUT[_kind(device)] // (NOISE_BLOCK * bytes_per_image)
     return NOISE_BLOCK * min(max(1, blocks), MOST_BLOCKS[_kind(device)])
+
+
+_PROBED = 2  # images; a model may squeeze the dimension of a single one
+_CAPTURING = threading.Lock()
 
 
 def _kind(device: torch.device) -> str:
@@ -274,6 +285,6 @@ class _LargestOutput(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         # Weights are cast and laid out, too; an image's own values have its batch dimension in front.
-        if isinstance(result, Tensor) and result.ndim and result.shape[0] == 1:
+        if isinstance(result, Tensor) and result.ndim and result.shape[0] == _PROBED:
             self.num_bytes = max(self.num_bytes, result.nbytes)
         return result

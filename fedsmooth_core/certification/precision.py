@@ -28,11 +28,11 @@ class Computing(nn.Module):
         if not is_cuda or dtype is not torch.float32:
             computing = computing.to(memory_format=torch.channels_last)
         self.model = computing
-        self._dtype = dtype
+        self.dtype = dtype
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.model(x.to(self._dtype))
+        scores: Tensor = self.model(x.to(self.dtype))
         return scores
 
     def train(self, mode: bool = True) -> "Computing":
@@ -56,7 +56,7 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
             convolutions to it. Or ``bfloat16``: weights, noisy images and arithmetic.
 
     Raises:
-        CertificationError: for another precision.
+        CertificationError: for another precision, or one that the model was not made for.
     """
     if precision not in _DTYPES:
         raise CertificationError(
@@ -64,6 +64,13 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
         )
     if precision == "float32":
         torch.backends.cudnn.allow_tf32 = False
-    if any(isinstance(module, Computing) for module in model.modules()):
-        return model
+        torch.backends.cuda.matmul.allow_tf32 = False
+    for module in model.modules():
+        if isinstance(module, Computing):
+            if module.dtype is not _DTYPES[precision]:
+                raise CertificationError(
+                    f"the model computes in {str(module.dtype).removeprefix('torch.')} already, not in "
+                    f"{precision}: give the model itself."
+                )
+            return model
     return Computing(model, _DTYPES[precision])

@@ -13,7 +13,7 @@ from fedsmooth_core.certification.handout import Handout, in_order
 from fedsmooth_core.certification.passes import Passes, StoppedError
 from fedsmooth_core.certification.row_format import CertifiedRow
 
-IMAGES_AHEAD = 1024
+IMAGES_AHEAD = 64
 """Images for each device that are handed out and whose rows nobody has taken, at most."""
 
 Rows = Iterator[tuple[int, CertifiedRow]]
@@ -28,7 +28,7 @@ def rows_of_all(
 ) -> Iterator[CertifiedRow]:
     """Certify images on several devices; yield their rows in order.
 
-    Each device has a thread, and a CPU as many as it is named times, which compute with one core each.
+    Each device has a thread, and a CPU as many as it is named times, which share its threads of PyTorch.
     When the result is dropped, or a thread raises, all threads end after their pass under way.
 
     Args:
@@ -46,11 +46,13 @@ def rows_of_all(
     all_passes = [passes_of(_on(model, device), device) for device in devices]
     results: queue.SimpleQueue[tuple[int, CertifiedRow] | BaseException | None]
     results = queue.SimpleQueue()
+    num_cpu_threads = torch.get_num_threads()
+    cores_each = max(1, num_cpu_threads // len(devices))
 
     def work(passes: Passes) -> None:
         is_cuda = passes.device.type == "cuda"
         if not is_cuda:
-            torch.set_num_threads(1)  # OpenMP's: of this thread alone
+            torch.set_num_threads(cores_each)  # OpenMP's: of this thread alone
         try:
             with torch.cuda.device(passes.device) if is_cuda else nullcontext():
                 for row in rows_of(passes, handout):
@@ -65,7 +67,6 @@ def rows_of_all(
         threading.Thread(target=work, args=(passes,), name=f"certify-{i}", daemon=True)
         for i, passes in enumerate(all_passes)
     ]
-    num_cpu_threads = torch.get_num_threads()
     for thread in threads:
         thread.start()
     try:

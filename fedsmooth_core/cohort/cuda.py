@@ -102,7 +102,7 @@ class CapturedStep:
         # Whatever becomes of the capture, afterwards the current stream is the one that it was.
         with (
             torch.cuda.stream(torch.cuda.current_stream(inputs[0].device)),
-            torch.cuda.graph(graph, pool=self._pool),
+            torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(inputs[0].device)),
         ):
             self._step(num_active, *inputs)
         self._graphs[num_active, len(inputs[0])] = (graph, inputs)

@@ -169,3 +169,74 @@ def test_models_of_other_threads_compute_on_and_fold_meanwhile():
     assert failures == []
     assert len(num_norms) >= 10
     assert set(num_norms) == {0}
+
+
+class KeepsTraining(nn.Module):
+    """Batch normalisation that stays in training mode, whatever it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.training = True
+        return self
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class ByKeyword(KeepsTraining):
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+    def forward(self, x):
+        return self.norm(input=self.conv(x))
+
+
+class NamesThatMeet(nn.Module):
+    """conv a with norm b_c, and conv a_b with norm c; and a layer with a name that looks made up."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b_c = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.a_b, self.c = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.a_b_c = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.a_b_c(self.c(self.a_b(self.b_c(self.a(x)))))
+
+
+def with_hook(place):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    module = model if place is None else model[place]
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def with_spectral_norm():
+    return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        KeepsTraining,
+        ByKeyword,
+        NamesThatMeet,
+        lambda: with_hook(None),
+        lambda: with_hook(0),
+        lambda: with_hook(1),
+        with_spectral_norm,
+    ],
+    ids=["training", "keyword", "names", "hook", "hook of conv", "hook of norm", "spectral norm"],
+)
+def test_what_is_more_than_a_convolution_and_its_norm_stays_what_it_is(make):
+    torch.manual_seed(0)
+    with torch.no_grad():  # spectral norm leaves a weight with a graph, which nobody can copy
+        model = with_statistics(make().double())
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(folded(model)(x), expected, rtol=0, atol=1e-12)

@@ -161,3 +161,23 @@ def test_a_model_that_no_graph_can_hold_runs_without():
     counts = counts_of(passes, "cuda")
     assert passes._graph is None
     np.testing.assert_array_equal(counts.sum(1), [3 * NOISE_BLOCK, NOISE_BLOCK + 3])
+
+
+class Squeezing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)).squeeze()).log_softmax(1)
+
+
+def test_a_model_that_squeezes_a_single_image_still_has_a_pass_size():
+    passes = Passes(
+        Squeezing().eval(),
+        torch.Size((3, 4, 4)),
+        sigma=0.5,
+        device=torch.device("cpu"),
+        batch_size=None,
+    )
+    assert passes.num_blocks >= 1

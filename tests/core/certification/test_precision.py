@@ -129,3 +129,11 @@ def test_rows_in_bfloat16_do_not_depend_on_batch_size_or_company(method):
     assert rows_of(range(10), 128) == reference
     assert rows_of(range(10), 2048) == reference
     assert rows_of([7, 2], 512) == [reference[7], reference[2]]
+
+
+@pytest.mark.parametrize(("made", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_model_that_computes_in_one_precision_is_not_taken_for_another(made, asked):
+    computing = in_precision(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), made)
+    assert in_precision(computing, made) is computing
+    with pytest.raises(CertificationError, match=f"computes in {made} already, not in {asked}"):
+        in_precision(computing, asked)
