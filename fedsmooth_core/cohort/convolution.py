@@ -85,17 +85,31 @@ class Convolution(Protocol):
         ...
 
 
-class Direct:
-    """PyTorch's convolution; for more clients than one, of as many groups."""
-
-    def __init__(self, shape: ConvShape) -> None:
-        self.shape = shape
+class _AsItIs:
+    """Weights are kept in PyTorch's layout."""
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight
 
     def unpack(self, weight: Tensor) -> Tensor:
         return weight
+
+
+class _TapsFirst:
+    """Weights (..., Co, Ci, k, k) are kept as (..., k, k, Ci, Co): what products take is contiguous."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight.movedim((-4, -3), (-1, -2))
+
+    def unpack(self, weight: Tensor) -> Tensor:
+        return weight.movedim((-1, -2), (-4, -3))
+
+
+class Direct(_AsItIs):
+    """PyTorch's convolution; for more clients than one, of as many groups."""
+
+    def __init__(self, shape: ConvShape) -> None:
+        self.shape = shape
 
     def prepare(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -123,7 +137,7 @@ class Direct:
         return out.view(size, num_clients, -1, *out.shape[2:]).transpose(0, 1)
 
 
-class SpaceToDepth:
+class SpaceToDepth(_AsItIs):
     """A strided convolution as one of stride 1 over blocks of pixels, by another way."""
 
     def __init__(self, shape: ConvShape, inner: type[Direct] | type["Unfolded"]) -> None:
@@ -147,12 +161,6 @@ class SpaceToDepth:
             )
         )
 
-    def pack(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def unpack(self, weight: Tensor) -> Tensor:
-        return weight
-
     def prepare(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
@@ -168,19 +176,12 @@ class SpaceToDepth:
         return self._inner.apply(blocks, weight, bias)
 
 
-class Unfolded:
+class Unfolded(_TapsFirst):
     """Receptive fields as rows of a matrix; of stride 1."""
 
     def __init__(self, shape: ConvShape) -> None:
         assert shape.stride == 1
         self.shape = shape
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """(..., Co, Ci, k, k) to (..., k, k, Ci, Co)."""
-        return weight.movedim((-4, -3), (-1, -2))
-
-    def unpack(self, weight: Tensor) -> Tensor:
-        return weight.movedim((-1, -2), (-4, -3))
 
     def prepare(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -238,18 +239,11 @@ class _Unfolded(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-class Dense:
+class Dense(_TapsFirst):
     """From all positions of small maps to all positions, by one matrix that is made once a local step."""
 
     def __init__(self, shape: ConvShape) -> None:
         self.shape = shape
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """(..., Co, Ci, k, k) to (..., k, k, Ci, Co): what is copied into the matrix is contiguous."""
-        return weight.movedim((-4, -3), (-1, -2))
-
-    def unpack(self, weight: Tensor) -> Tensor:
-        return weight.movedim((-1, -2), (-4, -3))
 
     def prepare(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
