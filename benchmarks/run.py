@@ -65,10 +65,11 @@ def main() -> int:
         print(f"[{time.monotonic() - started:.0f} s] {part}", file=sys.stderr, flush=True)
         try:
             sections[part] = _section(part, size, device)
-        except Exception:  # the other parts have their say
+        except Exception as error:  # the other parts have their say
             traceback.print_exc()
             failed.append(part)
-            continue
+            why = f"It failed ({type(error).__name__}: {error})."
+            sections[part] = Section(part, {}, [], left_out={part: why})
         show(sections[part])
         # After each part, so that an interrupted command leaves what it has.
         write_report(options.output, size, facts, sections)
