@@ -199,6 +199,9 @@ class AttackConfig(Section):
     """l2 budget in [0, 1] pixel units. Give this or ``epsilon_255``, never both."""
     epsilon_255: float | None = setting(128.0, at_least(0))
     """l2 budget in units of 1/255: 128 means 128/255."""
+    warmup_rounds: int = setting(0, at_least(0))
+    """Rounds in which the budget grows in equal steps to its full size, as in Salman et al.; a step_size of
+    null grows with it. 0 has it whole from the first round."""
     estimator: str = setting("stochastic", one_of("stochastic", "one_point"))
     """Eq. 3 (back-propagation) or eq. 4 (forward passes alone)."""
     variance_reduction: str = setting("none", one_of("none", "antithetic", "leave_one_out"))
@@ -231,6 +234,13 @@ class AttackConfig(Section):
                 f"attack.variance_reduction={self.variance_reduction!r} belongs to the one-point "
                 "estimator: set attack.estimator=one_point or attack.variance_reduction=none."
             )
+
+    def in_round(self, server_round: int) -> "AttackConfig":
+        """Return the attack of one round (>= 1), its budget as far as it has grown."""
+        if server_round >= self.warmup_rounds:
+            return dataclasses.replace(self, warmup_rounds=0)
+        grown = self.l2_budget * server_round / self.warmup_rounds
+        return dataclasses.replace(self, epsilon=grown, epsilon_255=None, warmup_rounds=0)
 
     @property
     def step(self) -> float:
@@ -452,6 +462,10 @@ class TrainingPlan(Section):
     smoothing: SmoothingConfig = SmoothingConfig()
     attack: AttackConfig = AttackConfig()
     training: TrainingConfig = TrainingConfig()
+
+    def in_round(self, server_round: int) -> "TrainingPlan":
+        """Return the plan of one round (>= 1), in which nothing changes any more."""
+        return dataclasses.replace(self, attack=self.attack.in_round(server_round))
 
     def __post_init__(self) -> None:
         super().__post_init__()

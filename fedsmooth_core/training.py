@@ -85,6 +85,7 @@ def local_train(
         DataError: when there is no sample.
         ConfigError: when the model cannot be trained within the limits.
     """
+    plan = plan.in_round(server_round)
     device = data.images.device
     dtype = next(model.parameters()).dtype
     batch_stream, noise_stream = training_streams(plan, server_round, client, device)

@@ -161,6 +161,7 @@ class CohortTrainer:
         """
         if not members:
             return
+        plan = plan.in_round(server_round)
         job = _Job(model, state, plan, server_round, self._engine_for(model, members[0].data.shape))
         chunks = self._chunks(job, members)
         if self._pool is None:

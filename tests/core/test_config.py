@@ -281,6 +281,7 @@ OUT_OF_RANGE = [
     (ModelConfig, "init", ["xavier"], "one of he, default"),
     (SmoothingConfig, "sigma", [-0.25], "a number >= 0"),
     (SmoothingConfig, "num_noise_vectors", [0], "a number >= 1"),
+    (AttackConfig, "warmup_rounds", [-1], "a number >= 0"),
     (AttackConfig, "attack_steps", [-1], "a number >= 0"),
     (AttackConfig, "step_rule", ["sign"], "one of gradient, normalized"),
     (AttackConfig, "step_size", [0.0, -0.1], "a number > 0"),

@@ -61,12 +61,14 @@ def files(group):
 
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and files(path.name))
-OPTIONS = [(group, path) for group in GROUPS if group != "experiment" for path in files(group)]
+GLOBAL = {"experiment", "scale"}
+"""Groups whose options set settings of all sections."""
+OPTIONS = [(group, path) for group in GROUPS if group not in GLOBAL for path in files(group)]
 
 
-def test_every_group_is_a_section_of_the_configuration_or_the_experiments():
+def test_every_group_is_a_section_of_the_configuration_or_global():
     sections = {key for key, value in to_nested(RunConfig()).items() if isinstance(value, dict)}
-    assert set(GROUPS) == sections | {"experiment"}
+    assert set(GROUPS) == sections | GLOBAL
 
 
 @pytest.mark.parametrize(("group", "path"), OPTIONS, ids=lambda x: getattr(x, "stem", x))
