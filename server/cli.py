@@ -98,11 +98,49 @@ def parser() -> argparse.ArgumentParser:
         command("centralized", _centralized, "Train on the pooled data, then certify."),
         several=True,
     )
+    reproduce = command("reproduce", _reproduce, "Reproduce figures of the paper; continues.")
+    reproduce.add_argument(
+        "words",
+        nargs="*",
+        metavar="FIGURE_OR_KEY=VALUE",
+        help="fig1 to fig11, all, or strong (the recipe beyond the paper); settings of the machine or "
+        "the data, e.g. dataset.root=...",
+    )
+    reproduce.set_defaults(more="words")
+    reproduce.add_argument(
+        "--scale", default="paper", help="paper (wants a GPU; the default), or cpu: smaller"
+    )
+    reproduce.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="models of each curve (3)"
+    )
+    reproduce.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder (runs/reproduce-SCALE)"
+    )
+    reproduce.add_argument(
+        "--plan", action="store_true", help="show what is left and how long it takes; do nothing"
+    )
     certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
     certify.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
     certify.add_argument("-o", "--output", type=Path, help="folder for the rows and the summary")
     certification_commands.connection_options(certify, required=False)
     overrides(certify)
+    attack = command("attack", _attack, "Attack a checkpoint: accuracy beside certified accuracy.")
+    attack.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
+    attack.add_argument(
+        "--radius",
+        type=float,
+        action="append",
+        help="l2 budget; repeatable (sigma/2, sigma, 2 sigma)",
+    )
+    attack.add_argument("--steps", type=int, default=20, help="of the attack (20)")
+    attack.add_argument("--draws", type=int, default=16, help="of noise, in each step (16)")
+    attack.add_argument("-n", type=int, default=1000, help="fresh draws that classify (1000)")
+    attack.add_argument("--images", type=int, default=100, help="how many at most (100)")
+    attack.add_argument(
+        "--rows", type=Path, metavar="FILE", help="certificates; else those of the run's own folder"
+    )
+    attack.add_argument("-o", "--output", type=Path, metavar="FILE", help="of the figures, as JSON")
+    overrides(attack)
     certifier = command("certifier", _certifier, "Serve certification to others, until stopped.")
     certification_commands.certifier_options(certifier)
     token = command("token", _token, "Make a token that a certification service lets in.")
@@ -232,6 +270,12 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
     _run_all(options, console, run, defaults=["training=centralized"])
 
 
+def _reproduce(options: argparse.Namespace, console: Console) -> None:
+    from server.reproduction.reproduce import reproduce
+
+    reproduce(options.words, options.scale, options.seeds, options.output, options.plan, console)
+
+
 def _run_all(
     options: argparse.Namespace,
     console: Console,
@@ -300,6 +344,30 @@ def _certify(options: argparse.Namespace, console: Console) -> None:
             )
     rows = certify(path, config, folder, console)
     show([rows], folder / "curve", config.certification.radius_step, console)
+
+
+def _attack(options: argparse.Namespace, console: Console) -> None:
+    from fedsmooth_core.checkpoint import load_checkpoint
+    from server import attacked
+    from server.certify import find_checkpoint
+    from server.configuration import with_overrides
+    from server.owed import ROWS
+
+    radii = None if options.radius is None else tuple(options.radius)
+    terms = attacked.AttackTerms(radii, options.steps, options.draws, options.n, options.images)
+    path = find_checkpoint(options.checkpoint)
+    recorded = load_checkpoint(path).metadata.get("config")
+    config = with_overrides(recorded, options.overrides, str(path.with_suffix(".json")))
+    own = _certification_folder(path) / ROWS
+    rows = options.rows or (own if own.is_file() else None)
+    if rows is not None:
+        attacked.refuse_terms_of_rows(rows, options.overrides)
+    output = options.output or (rows or own).with_name(attacked.ATTACK)
+    found = attacked.attack_checkpoint(path, config, rows, terms, console, output)
+    attacked.print_attack(found, console)
+    console.print(f"Figures: {output}", soft_wrap=True, markup=False, highlight=False)
+    if found["holds"] is False:
+        sys.exit(1)
 
 
 def _certification_folder(checkpoint: Path) -> Path:

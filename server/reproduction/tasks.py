@@ -1,0 +1,134 @@
+"""What has to be done for a figure: train a model, certify it. Each continues where it was."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from fedsmooth_core.certification.rows import read_rows
+from fedsmooth_core.config import RunConfig, TrainingPlan
+from server.certify import certify_checkpoint
+from server.owed import ROWS, SUMMARY
+from server.run_directory import RunDirectory
+
+
+class Task(Protocol):
+    """One step of a plan.
+
+    Attributes:
+        title: for people.
+        category: tasks of one category are equally fast, measured in forward passes a second.
+    """
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def category(self) -> str: ...
+
+    def work_left(self) -> int:
+        """Return the forward passes of single images that it still needs; 0 when it is done."""
+
+    def run(self, console: Console) -> None:
+        """Do what is left of it."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train one model into its run directory."""
+
+    name: str
+    config: RunConfig
+    """``run_dir`` is where; nothing is certified in it."""
+    is_centralized: bool
+
+    @property
+    def title(self) -> str:
+        return f"train {self.name}"
+
+    @property
+    def category(self) -> str:
+        return "centralised training" if self.is_centralized else "federated training"
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        assert self.config.run_dir is not None
+        return RunDirectory(Path(self.config.run_dir))
+
+    @property
+    def checkpoint(self) -> Path:
+        """The final model's weights."""
+        return self.run_directory.checkpoint(self.config.federation.num_rounds)
+
+    def work_left(self) -> int:
+        run, num_rounds = self.run_directory, self.config.federation.num_rounds
+        if run.has_checkpoint(num_rounds):
+            return 0
+        every = self.config.federation.checkpoint_every
+        kept = [done for done in range(0, num_rounds, every) if run.has_checkpoint(done)]
+        clients = 1 if self.is_centralized else self.config.cohort_size
+        return (num_rounds - max(kept, default=0)) * clients * passes_of_round(self.config)
+
+    def run(self, console: Console) -> None:
+        # Imported here: Flower takes seconds, and to show a plan needs none of it.
+        from server.centralized import run_centralized
+        from server.observers import standard_observers
+        from server.progress import TrainingProgress
+        from server.simulation import quiet_flower, simulate
+
+        quiet_flower()
+        progress = TrainingProgress(console)
+        observers = standard_observers(progress, console)
+        is_begun = (self.run_directory.path / "config.yaml").is_file()
+        config = replace(self.config, resume=is_begun)
+        if self.is_centralized:
+            run_centralized(config, console, observers)
+        else:
+            simulate(config, console, observers, progress.client_done)
+
+
+@dataclass(frozen=True)
+class Certifying:
+    """Certify a trained model on a figure's terms, into a folder of its own."""
+
+    model: Training
+    config: RunConfig
+    folder: Path
+
+    category = "certification"
+
+    @property
+    def title(self) -> str:
+        return f"certify {self.model.name} at sigma {self.config.certified_sigma:g}"
+
+    @property
+    def rows(self) -> Path:
+        """The finished rows."""
+        return self.folder / ROWS
+
+    def work_left(self) -> int:
+        if (self.folder / SUMMARY).is_file():
+            return 0
+        terms = self.config.certification
+        done = len(read_rows(self.rows)) if self.rows.is_file() else 0
+        # What all test images are is known once they are loaded; the figures take a part of them.
+        num_images = terms.num_images or 10_000
+        return max(1, num_images - done) * (terms.n0 + terms.n)
+
+    def run(self, console: Console) -> None:
+        certify_checkpoint(self.model.checkpoint, self.config, self.folder, console)
+
+
+def passes_of_round(plan: TrainingPlan) -> int:
+    """Return the forward passes of single images that LocalTrain of one client is worth.
+
+    A backward pass to the input alone counts as one more, one to weights and input as two.
+    """
+    attack, smoothing, training = plan.attack, plan.smoothing, plan.training
+    if attack.estimator == "stochastic":
+        of_step = 2
+    else:
+        of_step = 2 if attack.variance_reduction == "antithetic" else 1
+    copies = smoothing.num_noise_vectors if smoothing.sigma > 0 else 1
+    return training.local_steps * training.batch_size * copies * (attack.attack_steps * of_step + 3)

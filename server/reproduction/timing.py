@@ -1,0 +1,121 @@
+"""How long the rest of a plan takes: measured on its finished tasks, or on a few steps before the first."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsmooth_core.cohort import CohortTrainer, Member
+from fedsmooth_core.config import RunConfig
+from fedsmooth_core.data import ClientData, load_dataset
+from fedsmooth_core.data.partition import client_indices
+from fedsmooth_core.device import choose_device
+from fedsmooth_core.durable import append_durably
+from fedsmooth_core.limits import DeviceLimits
+from fedsmooth_core.models import ModelSpec, build_model
+from server.reproduction.tasks import Task, passes_of_round
+
+_PROBED_STEPS = 3
+_MOST_PROBED_CLIENTS = 100
+
+
+class Log:
+    """What tasks took, one JSON line a task and process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, task: Task, work: int, seconds: float) -> None:
+        """Remember that ``work`` forward passes of a task took ``seconds``."""
+        line = {"task": task.title, "category": task.category, "work": work, "seconds": seconds}
+        append_durably(self._path, json.dumps(line))
+
+    def seconds_of(self, title: str) -> float | None:
+        """Return what a task took, over all processes that worked on it; None if it is not known."""
+        found = [line["seconds"] for line in self._lines() if line["task"] == title]
+        return sum(found) if found else None
+
+    def rates(self) -> dict[str, float]:
+        """Return forward passes a second by category, and over all under the name ``""``."""
+        work: dict[str, float] = defaultdict(float)
+        seconds: dict[str, float] = defaultdict(float)
+        for line in self._lines():
+            for category in (line["category"], ""):
+                work[category] += line["work"]
+                seconds[category] += line["seconds"]
+        return {category: work[category] / seconds[category] for category in work if work[category]}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self._path.read_text().splitlines() if self._path.is_file() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a crash
+                continue
+            match line:
+                case {"task": str(), "category": str(), "work": int(), "seconds": float()}:
+                    lines.append(line)
+        return lines
+
+
+def seconds_left(tasks: Iterable[Task], rates: dict[str, float]) -> float:
+    """Estimate what tasks still take, given forward passes a second (``""``: of any category)."""
+    return sum(task.work_left() / rates.get(task.category, rates[""]) for task in tasks)
+
+
+def measured_rate(config: RunConfig) -> float:
+    """Train a cohort for a few steps on this machine; return forward passes a second."""
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    device = choose_device(config.runtime.device)
+    train_set = load_dataset(config.dataset, "train")
+    info = train_set.info
+    model = build_model(
+        ModelSpec.of(config.model, info), info.mean, info.std, torch.Generator().manual_seed(0)
+    ).to(device)
+    threads = torch.get_num_threads()
+    clients = min(config.cohort_size, _MOST_PROBED_CLIENTS if device.type == "cuda" else threads)
+    members = [
+        Member(
+            client,
+            ClientData.from_dataset(
+                train_set,
+                client_indices(train_set.labels, config.partition, config.seed, client),
+                device,
+            ),
+            _PROBED_STEPS,
+        )
+        for client in range(clients)
+    ]
+    precision = config.runtime.precision
+    limits = DeviceLimits(bf16=precision == "bfloat16", tf32=precision == "tf32")
+    trainer = CohortTrainer(
+        device, config.runtime.engine, limits, min(threads, clients), is_kept=True
+    )
+    try:
+        seconds = [
+            _seconds_of_round(trainer, model, members, config, server_round)
+            for server_round in (1, 2)
+        ]
+    finally:
+        trainer.close()
+    work = clients * passes_of_round(config) * _PROBED_STEPS / config.training.local_steps
+    return work / seconds[-1]
+
+
+def _seconds_of_round(
+    trainer: CohortTrainer,
+    model: torch.nn.Module,
+    members: Sequence[Member],
+    config: RunConfig,
+    server_round: int,
+) -> float:
+    started = time.perf_counter()
+    for _, result in trainer.train(model, model.state_dict(), members, config.plan, server_round):
+        if isinstance(result, Exception):
+            raise result
+    return time.perf_counter() - started
