@@ -25,6 +25,7 @@ class Purpose(StrEnum):
     ESTIMATION = "certify-estimation"
     PREDICTION = "predict"
     ON_DEVICE = "certify-on-device"
+    EMPIRICAL_ATTACK = "empirical-attack"
 
 
 def derive_seed(run_seed: int, purpose: Purpose, *indices: int) -> int:

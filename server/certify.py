@@ -72,7 +72,7 @@ def certify_checkpoint(
     checkpoint = load_checkpoint(path)
     test_set = load_dataset(config.dataset, "test")
     loaded = load_model(checkpoint)
-    _check_fit(checkpoint, test_set, path)
+    check_fit(checkpoint, test_set, path)
     device = choose_device(config.runtime.device)
     model = loaded.to(device)
     settings = config.certification
@@ -134,7 +134,7 @@ def _all_like(device: torch.device, num_images: int) -> list[torch.device]:
     return [device] * max(1, min(torch.get_num_threads(), num_images))
 
 
-def _check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> None:
+def check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> None:
     spec = checkpoint.metadata.get("model", {})
     wanted = tuple(spec.get(key) for key in ("channels", "height", "width", "num_classes"))
     found = (*test_set.info.shape, test_set.info.num_classes)
