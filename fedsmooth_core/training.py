@@ -119,7 +119,7 @@ def local_train(
         noise_stream,
     )
     part_size = _part_size(model, batch_size, plan, limits)
-    classifier = _InBfloat16(model) if limits.bf16 else model
+    classifier = InBfloat16(model) if limits.bf16 else model
     model.train()
     for (x, labels), noise in zip(batches, noises, strict=True):
         optimizer.zero_grad(set_to_none=True)
@@ -166,7 +166,7 @@ def _parts(batch_size: int, part_size: int) -> Iterator[slice]:
         yield slice(start, start + part_size)
 
 
-class _InBfloat16(nn.Module):
+class InBfloat16(nn.Module):
     """The same model with the same weights, computed in bfloat16; its logits are float32."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -135,6 +135,11 @@ def _all_like(device: torch.device, num_images: int) -> list[torch.device]:
 
 
 def check_fit(checkpoint: Checkpoint, test_set: ArrayDataset, path: Path) -> None:
+    """Refuse a model of other images or classes than the test set's.
+
+    Raises:
+        CertificationError: saying what both are.
+    """
     spec = checkpoint.metadata.get("model", {})
     wanted = tuple(spec.get(key) for key in ("channels", "height", "width", "num_classes"))
     found = (*test_set.info.shape, test_set.info.num_classes)

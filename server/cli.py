@@ -117,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="DIR", help="folder (runs/reproduce-SCALE)"
     )
     reproduce.add_argument(
+        "--data", metavar="NAME", help="what to call the data set in the results"
+    )
+    reproduce.add_argument(
         "--plan", action="store_true", help="show what is left and how long it takes; do nothing"
     )
     certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
@@ -273,7 +276,15 @@ def _centralized(options: argparse.Namespace, console: Console) -> None:
 def _reproduce(options: argparse.Namespace, console: Console) -> None:
     from server.reproduction.reproduce import reproduce
 
-    reproduce(options.words, options.scale, options.seeds, options.output, options.plan, console)
+    reproduce(
+        options.words,
+        options.scale,
+        options.seeds,
+        options.output,
+        options.data,
+        options.plan,
+        console,
+    )
 
 
 def _run_all(

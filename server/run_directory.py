@@ -83,8 +83,7 @@ class RunDirectory:
                 f"run_dir={self.path} holds a run already: add resume=true to continue it, or choose "
                 "another run_dir."
             )
-        sessions = _read_lines(self.path / _SESSIONS)
-        kinds = {str(session["kind"]) for session in sessions if "kind" in session}
+        kinds = {str(session["kind"]) for session in self.read_sessions() if "kind" in session}
         if kinds - {kind}:
             raise ConfigError(
                 f"run_dir={self.path} holds a {min(kinds)} run: continue it with the command that "
@@ -96,6 +95,10 @@ class RunDirectory:
         # Where a run lies and whether it was continued are no settings of the run.
         configuration.save(replace(config, run_dir=None, resume=False), self.path / _CONFIG)
         append_durably(self.path / _SESSIONS, json.dumps(_session(config, kind)))
+
+    def read_sessions(self) -> list[dict[str, Any]]:
+        """Return what each process that worked on the run said of itself."""
+        return _read_lines(self.path / _SESSIONS)
 
     def close(self) -> None:
         """Let other processes work on the run."""
@@ -216,11 +219,22 @@ def _session(config: RunConfig, kind: str) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
     }
+
+
+def _cpu() -> str:
+    """Return the processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git_revision() -> str | None:

@@ -7,48 +7,41 @@ from pathlib import Path
 
 from fedsmooth_core.config import RunConfig
 from fedsmooth_core.errors import ConfigError
+from server.attacked import AttackTerms
 from server.configuration import CONF, compose
 from server.reproduction.figures import Figure, Series
-from server.reproduction.tasks import Certifying, Task, Training
+from server.reproduction.speed import SpeedMeasurement
+from server.reproduction.tasks import Attacking, Certifying, Task, Training
 
 SCALES = ("paper", *sorted(path.stem for path in (CONF / "scale").glob("*.yaml")))
 """``paper`` is the size that the experiments are written in; the others are files of conf/scale."""
 
 _CENTRALIZED_BATCH = 60
 _CHECKPOINTS = 4
+_ATTACK = {"steps": 10, "draws": 8, "n": 500, "images": 100}
 
 # Settings that say what a series is.
-_FIXED = (
-    "experiment",
-    "scale",
-    "seed",
-    "name",
-    "run_dir",
-    "resume",
-    "attack",
-    "smoothing",
-    "training",
-    "partition.gamma",
-    "partition.scheme",
-    "certification.sigma",
-    "certification.at_end",
-    "certification.every",
-    "service",
-)
+_FIXED = {
+    *("experiment", "scale", "seed", "name", "run_dir", "resume"),
+    *("attack", "attack.estimator", "attack.epsilon", "attack.epsilon_255"),
+    *("smoothing", "smoothing.sigma", "training", "partition.gamma", "partition.scheme"),
+    *("certification.sigma", "certification.at_end", "certification.every"),
+}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of a series: how it is trained and certified."""
+    """One model of a series: how it is trained, certified and, for the first seed, attacked."""
 
     seed: int
     training: Training
     certifying: Certifying
+    attacking: Attacking | None
 
     @property
     def tasks(self) -> list[Task]:
         """In the order in which they can be done."""
-        return [self.training, self.certifying]
+        return [self.training, self.certifying, *([self.attacking] if self.attacking else [])]
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,8 @@ class FigurePlan:
     figure: Figure
     members: dict[str, list[Member]]
     """By the series' label."""
+    speed: SpeedMeasurement | None
+    """Of a comparison: how fast the two estimators are. One file for all figures of a scale."""
 
     @property
     def config(self) -> RunConfig:
@@ -67,12 +62,13 @@ class FigurePlan:
     @property
     def tasks(self) -> list[Task]:
         """All of them, a seed after another: the first seed's models make a figure already."""
-        return [
+        tasks = [
             task
             for of_seed in zip(*self.members.values(), strict=True)
             for member in of_seed
             for task in member.tasks
         ]
+        return [*tasks, self.speed] if self.speed else tasks
 
 
 def make_plan(
@@ -95,25 +91,41 @@ def make_plan(
         raise ConfigError(f"--seeds {num_seeds} trains nothing: allowed is 1 or more.")
     for override in overrides:
         key = override.partition("=")[0]
-        if (key.startswith(_FIXED) and key.partition(".")[0] != "service") or key == "service":
+        if key in _FIXED or key.partition(".")[0] == "service":
             raise ConfigError(
-                f"{override} is the figures' own: allowed are settings that say nothing of a series, "
-                "such as dataset.root, runtime.* or certification.n."
+                f"{override} says what a curve is or where it goes, which the plan does itself: allowed "
+                "are settings that all curves share, such as dataset.root or training.momentum."
             )
     trainings: dict[str, Training] = {}
     return [
-        FigurePlan(
-            figure,
-            {
-                series.label: [
-                    _member(series, scale, seed, overrides, root, trainings)
-                    for seed in range(num_seeds)
-                ]
-                for series in figure.series
-            },
-        )
-        for figure in figures
+        _figure_plan(figure, scale, num_seeds, overrides, root, trainings) for figure in figures
     ]
+
+
+def results_folder(root: Path, scale: str) -> Path:
+    """Return where the figures' results go."""
+    return root / "results" / scale
+
+
+def _figure_plan(
+    figure: Figure,
+    scale: str,
+    num_seeds: int,
+    overrides: Sequence[str],
+    root: Path,
+    trainings: dict[str, Training],
+) -> FigurePlan:
+    members = {
+        series.label: [
+            _member(series, scale, seed, overrides, root, trainings) for seed in range(num_seeds)
+        ]
+        for series in figure.series
+    }
+    speed = None
+    if figure.kind == "comparison":
+        config = next(iter(members.values()))[0].certifying.config
+        speed = SpeedMeasurement(config, results_folder(root, scale))
+    return FigurePlan(figure, members, speed)
 
 
 def _member(
@@ -138,7 +150,9 @@ def _member(
     certifying = Certifying(
         training, as_figure, root / "certificates" / training.name / _terms(as_figure)
     )
-    return Member(seed, training, certifying)
+    sigma = as_figure.certified_sigma
+    terms = AttackTerms(radii=(sigma, 2 * sigma), **_ATTACK)
+    return Member(seed, training, certifying, Attacking(certifying, terms) if seed == 0 else None)
 
 
 def _training(series: Series, as_figure: RunConfig, settings: list[str], root: Path) -> Training:

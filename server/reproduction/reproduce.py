@@ -1,16 +1,24 @@
 """``fedsmooth reproduce``: do what is left of the plan, then draw its figures and say what holds."""
 
+import shlex
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from fedsmooth_core.durable import try_lock
+from fedsmooth_core.durable import try_lock, write_atomically
 from fedsmooth_core.errors import ConfigError, TrainingError
+from server.reproduction.checks import Check, checks_of
+from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
-from server.reproduction.plan import FigurePlan, make_plan
+from server.reproduction.page import markdown, print_figure
+from server.reproduction.plan import SCALES, FigurePlan, make_plan, results_folder
+from server.reproduction.results import FigureResult, gather
+from server.reproduction.speed import SpeedUp
 from server.reproduction.tasks import Task
 from server.reproduction.timing import Log, measured_rate, seconds_left
 
@@ -20,6 +28,7 @@ def reproduce(
     scale: str,
     num_seeds: int,
     root: Path | None,
+    data: str | None,
     only_plan: bool,
     console: Console,
 ) -> None:
@@ -30,6 +39,7 @@ def reproduce(
         scale: ``paper``, or a file of conf/scale.
         num_seeds: models of each series.
         root: folder of all models, certificates and figures; None is ``runs/reproduce-<scale>``.
+        data: what to call the data set in the results; None takes its name in the settings.
         only_plan: show what is left and how long it takes, and do nothing.
         console: for the plan, progress and results.
 
@@ -38,44 +48,98 @@ def reproduce(
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
+    if scale not in SCALES:
+        raise ConfigError(f"--scale {scale} is unknown: allowed are {', '.join(SCALES)}.")
     root = (root or Path("runs", f"reproduce-{scale}")).expanduser().resolve()
     plans = make_plan(figures_named(names), scale, num_seeds, overrides, root)
-    root.mkdir(parents=True, exist_ok=True)
     log = Log(root / "tasks.jsonl")
-    rates = log.rates() or {"": measured_rate(plans[0].config)}
+    rates = log.rates()
+    if not rates and _tasks_left(plans):
+        rates = {"": measured_rate(plans[0].config)}
     _show_plan(plans, rates, console)
     if only_plan:
         return
+    folder = results_folder(root, scale)
+    folder.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
         if not try_lock(lock):
             raise ConfigError(
                 f"Another process works in {root}: wait until it ends, or name another folder with -o."
             )
+        reproduction = _Reproduction(
+            scale, data or plans[0].config.dataset.name, folder, log, console
+        )
         for plan in plans:
-            _work(plan, plans, log, rates, console)
+            reproduction.work(plan, plans, rates)
+        # Statements across figures know all of them only now.
+        for plan in plans:
+            reproduction.report(plan)
 
 
-def _work(
-    plan: FigurePlan,
-    plans: Sequence[FigurePlan],
-    log: Log,
-    rates: dict[str, float],
-    console: Console,
-) -> None:
-    for task in plan.tasks:
-        work = task.work_left()
-        if not work:
-            continue
-        left = _tasks_left(plans)
-        remaining = _duration(seconds_left(left, log.rates() or rates))
-        console.rule(f"{len(left)} tasks left, about {remaining}: {task.title}")
-        started = time.perf_counter()
-        try:
-            task.run(console)
-        except TrainingError as error:  # it diverged: the other models may not
-            console.print(f"{task.title} failed: {error}", soft_wrap=True, markup=False)
-            continue
-        log.append(task, work, time.perf_counter() - started)
+@dataclass(frozen=True)
+class _Reproduction:
+    scale: str
+    data: str
+    folder: Path
+    log: Log
+    console: Console
+
+    def work(self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]) -> None:
+        """Do what is left of a figure; its picture and numbers are kept up to date as seeds finish."""
+        for task in plan.tasks:
+            work = task.work_left()
+            if not work:
+                continue
+            left = _tasks_left(plans)
+            remaining = _duration(seconds_left(left, self.log.rates() or rates))
+            self.console.rule(f"{len(left)} tasks left, about {remaining}: {task.title}")
+            started = time.perf_counter()
+            try:
+                task.run(self.console)
+            except TrainingError as error:  # it diverged: the other models may not
+                self.console.print(f"Failed: {task.title}: {error}", soft_wrap=True, markup=False)
+                continue
+            self.log.append(task, work, time.perf_counter() - started)
+            self._keep(plan)
+
+    def report(self, plan: FigurePlan) -> None:
+        """Print a figure's table and checks, and say where its picture and numbers are."""
+        result = self._keep(plan)
+        if result is None:
+            self.console.print(f"{plan.figure.name}: none of its models could be trained.")
+            return
+        text = self.folder / f"{result.figure}.md"
+        checks = checks_in(self.folder, result)
+        write_atomically(text, markdown(result, checks).encode())
+        self.console.rule()
+        print_figure(result, checks, self.console)
+        for path in (
+            self.folder / f"{result.figure}.png",
+            self.folder / f"{result.figure}.json",
+            text,
+        ):
+            self.console.print(f"Written: {path}", soft_wrap=True, markup=False, highlight=False)
+
+    def _keep(self, plan: FigurePlan) -> FigureResult | None:
+        """Write what is known of a figure so far; None if no model is certified yet."""
+        command = f"fedsmooth {shlex.join(sys.argv[1:])}"
+        result = gather(plan, self.scale, self.data, command, self.log)
+        if not any(one.models for one in result.series):
+            return None
+        result.save(self.folder / f"{result.figure}.json")
+        draw(result, self.folder / result.figure)
+        return result
+
+
+def checks_in(folder: Path, result: FigureResult) -> list[Check]:
+    """Return the checks of a figure, given what else is known of its scale in ``folder``."""
+    others = [
+        FigureResult.load(path)
+        for path in sorted(folder.glob("*.json"))
+        if path.stem not in (result.figure, "speed")
+    ]
+    speed = folder / "speed.json"
+    return checks_of(result, others, SpeedUp.load(speed) if speed.is_file() else None)
 
 
 def _tasks_left(plans: Sequence[FigurePlan]) -> list[Task]:
@@ -85,18 +149,31 @@ def _tasks_left(plans: Sequence[FigurePlan]) -> list[Task]:
 
 
 def _show_plan(plans: Sequence[FigurePlan], rates: dict[str, float], console: Console) -> None:
-    table = Table("figure", "task", "left", title="What is left", title_justify="left")
+    """Show what each figure still needs; what an earlier line of the table names is not said again."""
+    table = Table("figure", "series", "left to do", "takes about", title_justify="left", box=None)
     said: set[str] = set()
     for plan in plans:
-        for task in plan.tasks:
-            if task.title in said or not task.work_left():
-                continue
-            said.add(task.title)
-            table.add_row(plan.figure.name, task.title, _duration(seconds_left([task], rates)))
+        name = plan.figure.name
+        for label, members in plan.members.items():
+            tasks = [task for member in members for task in member.tasks]
+            left = [task for task in tasks if task.work_left() and task.title not in said]
+            said |= {task.title for task in left}
+            text = f"{len(left)} of {len(tasks)} tasks" if left else "nothing"
+            table.add_row(name, label, text, _duration(seconds_left(left, rates)) if left else "")
+            name = ""
+        if plan.speed and plan.speed.work_left() and plan.speed.title not in said:
+            said.add(plan.speed.title)
+            table.add_row(
+                "", plan.speed.title, "1 task", _duration(seconds_left([plan.speed], rates))
+            )
+    console.print(table)
     left = _tasks_left(plans)
+    seeds = len(next(iter(plans[0].members.values())))
     if left:
-        console.print(table)
-        console.print(f"{len(left)} tasks, about {_duration(seconds_left(left, rates))}.")
+        console.print(
+            f"{seeds} seed(s) of each series: {len(left)} tasks left, about "
+            f"{_duration(seconds_left(left, rates))}."
+        )
     else:
         console.print("Nothing is left to train or certify.")
 

@@ -1,4 +1,4 @@
-"""What has to be done for a figure: train a model, certify it. Each continues where it was."""
+"""What has to be done for a figure: train a model, certify it, attack it. Each continues where it was."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fedsmooth_core.certification.rows import read_rows
 from fedsmooth_core.config import RunConfig, TrainingPlan
+from server.attacked import ATTACK, AttackTerms, attack_checkpoint
 from server.certify import certify_checkpoint
 from server.owed import ROWS, SUMMARY
 from server.run_directory import RunDirectory
@@ -118,6 +119,42 @@ class Certifying:
 
     def run(self, console: Console) -> None:
         certify_checkpoint(self.model.checkpoint, self.config, self.folder, console)
+
+
+@dataclass(frozen=True)
+class Attacking:
+    """Attack a certified model: no certificate may break."""
+
+    certified: Certifying
+    terms: AttackTerms
+
+    category = "attack"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"attack {self.certified.model.name} at sigma {self.certified.config.certified_sigma:g}"
+        )
+
+    @property
+    def result(self) -> Path:
+        """The figures of the attack, once it is done."""
+        return self.certified.folder / ATTACK
+
+    def work_left(self) -> int:
+        if self.result.is_file():
+            return 0
+        terms = self.terms
+        assert terms.radii is not None
+        # Each step is a forward pass of every draw and a backward pass to the image.
+        of_radius = terms.steps * terms.draws * 2 + terms.n
+        return terms.images * of_radius * sum(radius > 0 for radius in terms.radii)
+
+    def run(self, console: Console) -> None:
+        certified = self.certified
+        attack_checkpoint(
+            certified.model.checkpoint, certified.config, certified.rows, self.terms, console
+        )
 
 
 def passes_of_round(plan: TrainingPlan) -> int:

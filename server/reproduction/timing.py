@@ -3,14 +3,16 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedsmooth_core.cohort import CohortTrainer, Member
-from fedsmooth_core.config import RunConfig
+from fedsmooth_core.config import RunConfig, TrainingPlan
 from fedsmooth_core.data import ClientData, load_dataset
 from fedsmooth_core.data.partition import client_indices
 from fedsmooth_core.device import choose_device
@@ -67,55 +69,87 @@ def seconds_left(tasks: Iterable[Task], rates: dict[str, float]) -> float:
     return sum(task.work_left() / rates.get(task.category, rates[""]) for task in tasks)
 
 
+def now(device: torch.device) -> float:
+    """Read the clock, in seconds, once a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def num_probed_clients(config: RunConfig) -> int:
+    """Return how many of a run's clients are trained to measure its speed here: as many as at once."""
+    if choose_device(config.runtime.device).type == "cuda":
+        return min(config.cohort_size, _MOST_PROBED_CLIENTS)
+    return min(config.cohort_size, config.runtime.threads or torch.get_num_threads())
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedCohort:
+    """The first clients of a run, with their data on this machine's device, to measure its speed."""
+
+    device: torch.device
+    model: torch.nn.Module
+    """Of the run's architecture; its weights are every round's global model."""
+    members: list[Member]
+    limits: DeviceLimits
+    engine: str
+    threads: int
+    """Of PyTorch."""
+
+    @classmethod
+    def of(cls, config: RunConfig, local_steps: int | None = None) -> "ProbedCohort":
+        """Load the data and build the model; ``local_steps`` in place of the run's own."""
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        device = choose_device(config.runtime.device)
+        train_set = load_dataset(config.dataset, "train")
+        info = train_set.info
+        model = build_model(
+            ModelSpec.of(config.model, info), info.mean, info.std, torch.Generator().manual_seed(0)
+        ).to(device)
+        members = [
+            Member(
+                client,
+                ClientData.from_dataset(
+                    train_set,
+                    client_indices(train_set.labels, config.partition, config.seed, client),
+                    device,
+                ),
+                local_steps,
+            )
+            for client in range(num_probed_clients(config))
+        ]
+        precision = config.runtime.precision
+        limits = DeviceLimits(bf16=precision == "bfloat16", tf32=precision == "tf32")
+        return cls(device, model, members, limits, config.runtime.engine, torch.get_num_threads())
+
+    def trainer(self) -> CohortTrainer:
+        """Return a trainer as a simulation has it; close it."""
+        workers = min(self.threads, len(self.members))
+        return CohortTrainer(self.device, self.engine, self.limits, workers, is_kept=True)
+
+    def seconds_of_round(
+        self, trainer: CohortTrainer, plan: TrainingPlan, server_round: int
+    ) -> float:
+        """Train all members for a round.
+
+        Raises:
+            Exception: whatever the first of them failed with.
+        """
+        started = now(self.device)
+        state = self.model.state_dict()
+        for _, result in trainer.train(self.model, state, self.members, plan, server_round):
+            if isinstance(result, Exception):
+                raise result
+        return now(self.device) - started
+
+
 def measured_rate(config: RunConfig) -> float:
     """Train a cohort for a few steps on this machine; return forward passes a second."""
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-    device = choose_device(config.runtime.device)
-    train_set = load_dataset(config.dataset, "train")
-    info = train_set.info
-    model = build_model(
-        ModelSpec.of(config.model, info), info.mean, info.std, torch.Generator().manual_seed(0)
-    ).to(device)
-    threads = torch.get_num_threads()
-    clients = min(config.cohort_size, _MOST_PROBED_CLIENTS if device.type == "cuda" else threads)
-    members = [
-        Member(
-            client,
-            ClientData.from_dataset(
-                train_set,
-                client_indices(train_set.labels, config.partition, config.seed, client),
-                device,
-            ),
-            _PROBED_STEPS,
-        )
-        for client in range(clients)
-    ]
-    precision = config.runtime.precision
-    limits = DeviceLimits(bf16=precision == "bfloat16", tf32=precision == "tf32")
-    trainer = CohortTrainer(
-        device, config.runtime.engine, limits, min(threads, clients), is_kept=True
-    )
-    try:
+    cohort = ProbedCohort.of(config, _PROBED_STEPS)
+    with closing(cohort.trainer()) as trainer:
         seconds = [
-            _seconds_of_round(trainer, model, members, config, server_round)
-            for server_round in (1, 2)
+            cohort.seconds_of_round(trainer, config.plan, server_round) for server_round in (1, 2)
         ]
-    finally:
-        trainer.close()
-    work = clients * passes_of_round(config) * _PROBED_STEPS / config.training.local_steps
-    return work / seconds[-1]
-
-
-def _seconds_of_round(
-    trainer: CohortTrainer,
-    model: torch.nn.Module,
-    members: Sequence[Member],
-    config: RunConfig,
-    server_round: int,
-) -> float:
-    started = time.perf_counter()
-    for _, result in trainer.train(model, model.state_dict(), members, config.plan, server_round):
-        if isinstance(result, Exception):
-            raise result
-    return time.perf_counter() - started
+    steps = len(cohort.members) * _PROBED_STEPS
+    return steps * passes_of_round(config) / config.training.local_steps / seconds[-1]

@@ -1,0 +1,372 @@
+"""The paper's statements, each held against what was measured.
+
+A verdict comes from confidence intervals over seeds and test images. With fewer than three seeds no
+interval covers the randomness of training: the intervals are shown, and nothing is decided.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsmooth_core.certification.comparison import (
+    Difference,
+    Ratio,
+    Verdict,
+    all_of,
+    equal_within,
+    greater_by,
+    paired_difference,
+)
+from server.reproduction.figures import (
+    ADVERSARIAL,
+    ESTIMATORS,
+    GAMMAS,
+    NOISE,
+    PAPER,
+    SMOOTHADV,
+    STANDARD,
+    STRONG,
+    centralized_label,
+    federated_label,
+)
+from server.reproduction.results import FigureResult, SeriesResult
+from server.reproduction.speed import SpeedUp
+
+CLOSE = 0.05
+"""Certified accuracies that differ by no more than this are called close."""
+MUCH = 0.10
+"""A certified accuracy that is larger by more than this is called much better."""
+FASTER = 2.0
+"""The paper: 2-3 times as fast."""
+FEWEST_SEEDS = 3
+
+COHEN = {0.0: 0.75, 0.25: 0.60, 0.5: 0.43, 0.75: 0.27}
+"""Certified accuracy, by radius, of the centralised ResNet-110 of Cohen et al. (2019) at sigma 0.25 on
+CIFAR-10, n = 100,000."""
+
+Judge = Callable[[Difference], Verdict]
+Pair = tuple[str, str, str]
+"""What is compared, and the labels of the two series: the first less the second."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A statement, what was measured, and the verdict."""
+
+    statement: str
+    """With its margin: what exactly is decided."""
+    verdict: str
+    """One of :class:`Verdict`."""
+    measured: list[str]
+    """One comparison a line, with its 95 % interval."""
+
+
+def checks_of(
+    result: FigureResult, others: Sequence[FigureResult], speed: SpeedUp | None
+) -> list[Check]:
+    """Return the statements that a figure is about, as far as its models are there.
+
+    Args:
+        result: the figure.
+        others: figures of the same scale, for statements across noise levels.
+        speed: how fast the estimators are, if that was measured.
+    """
+    found = [
+        _federated_is_close(result),
+        _gamma_makes_no_difference(result),
+        _one_point_equals_stochastic(result),
+        _one_point_is_faster(result, speed),
+        *_larger_sigma_is_lower_but_wider(result, others),
+        _adversarial_alone_is_little(result),
+        _smoothing_is_much(result),
+        *_recipe(result),
+        _certificates_are_sane(result),
+    ]
+    return [check for check in found if check is not None]
+
+
+def _federated_is_close(result: FigureResult) -> Check | None:
+    pairs = [
+        (
+            f"{federated_label(gamma, estimator)}, less centralised",
+            federated_label(gamma, estimator),
+            centralized_label(estimator),
+        )
+        for estimator in ESTIMATORS
+        for gamma in GAMMAS
+    ]
+    statement = f"Federated is close to centralised (not {_points(CLOSE)} below it)"
+    return _compared(result, statement, pairs, lambda difference: greater_by(difference, -CLOSE))
+
+
+def _gamma_makes_no_difference(result: FigureResult) -> Check | None:
+    low, high = GAMMAS
+    pairs = [
+        (
+            f"{_name(estimator)}: gamma {high:g}, less gamma {low:g}",
+            federated_label(high, estimator),
+            federated_label(low, estimator),
+        )
+        for estimator in ESTIMATORS
+    ]
+    return _compared(
+        result, f"Gamma makes no difference (within {_points(CLOSE)})", pairs, _is_close
+    )
+
+
+def _one_point_equals_stochastic(result: FigureResult) -> Check | None:
+    def labels(of: Callable[[str], str]) -> tuple[str, str]:
+        return of("one_point"), of("stochastic")
+
+    pairs = [("centralised: one-point, less stochastic", *labels(centralized_label))]
+    pairs += [
+        (
+            f"gamma {gamma:g}: one-point, less stochastic",
+            federated_label(gamma, "one_point"),
+            federated_label(gamma, "stochastic"),
+        )
+        for gamma in GAMMAS
+    ]
+    return _compared(
+        result, f"One-point equals stochastic (within {_points(CLOSE)})", pairs, _is_close
+    )
+
+
+def _one_point_is_faster(result: FigureResult, speed: SpeedUp | None) -> Check | None:
+    if speed is None or result.of(federated_label(GAMMAS[0], "one_point")) is None:
+        return None
+    verdict = Verdict.NOT_DECIDED
+    if speed.training.low >= FASTER:
+        verdict = Verdict.HOLDS
+    elif speed.training.high < FASTER:
+        verdict = Verdict.DOES_NOT_HOLD
+    return Check(
+        "One-point trains 2-3 times as fast as stochastic (at least twice, whole local training)",
+        verdict,
+        [
+            f"whole local training, T = {speed.attack_steps}, m = {speed.num_noise_vectors}: "
+            f"{_times(speed.training)}",
+            f"the attack alone: {_times(speed.attack)}",
+        ],
+    )
+
+
+def _larger_sigma_is_lower_but_wider(
+    result: FigureResult, others: Sequence[FigureResult]
+) -> list[Check]:
+    found = []
+    seen = {result.sigma}
+    for other in others:
+        if other.epsilon_255 != result.epsilon_255 or other.sigma in seen:
+            continue
+        small, large = sorted((result, other), key=lambda one: one.sigma)
+        a, b = _main_series(small), _main_series(large)
+        if a is None or b is None:
+            continue
+        seen.add(other.sigma)
+        radius = 2 * small.sigma
+        what = f"sigma {large.sigma:g}, less sigma {small.sigma:g}"
+        lower, wider = _difference(b, a, 0.0), _difference(b, a, radius)
+        if lower is None or wider is None:
+            continue
+        verdicts = [
+            _if_decided(_reversed(greater_by(lower)), lower),
+            _if_decided(greater_by(wider), wider),
+        ]
+        found.append(
+            Check(
+                f"Larger sigma is lower but wider ({large.sigma:g} against {small.sigma:g}: less at r = 0, "
+                f"more at r = {radius:g})",
+                all_of(verdicts),
+                [_line(what, 0.0, lower), _line(what, radius, wider)],
+            )
+        )
+    return found
+
+
+def _adversarial_alone_is_little(result: FigureResult) -> Check | None:
+    return _compared(
+        result,
+        "Adversarial training alone is not much better than standard training (by no more than "
+        f"{_points(MUCH)})",
+        [("adversarial alone, less standard", ADVERSARIAL, STANDARD)],
+        lambda difference: _reversed(greater_by(difference, MUCH)),
+    )
+
+
+def _smoothing_is_much(result: FigureResult) -> Check | None:
+    return _compared(
+        result,
+        f"Smoothing is much better (than standard training, by more than {_points(MUCH)})",
+        [(f"{label}, less standard", label, STANDARD) for label in (NOISE, SMOOTHADV)],
+        lambda difference: greater_by(difference, MUCH),
+    )
+
+
+def _recipe(result: FigureResult) -> list[Check]:
+    ours, theirs = result.of(STRONG), result.of(PAPER)
+    if ours is None or theirs is None:
+        return []
+    pair = _of_common_seeds(ours, theirs)
+    if pair is None:
+        return []
+    a, b = pair
+    gain = paired_difference(a.certified_radii(), b.certified_radii())
+    lines = [
+        f"average certified radius: {_signed(gain.estimate, 1, '.4f')} "
+        f"[{_signed(gain.low, 1, '.4f')}, {_signed(gain.high, 1, '.4f')}], {_size(gain)}"
+    ]
+    for radius in (radius for radius in COHEN if radius <= result.largest_radius):
+        difference = paired_difference(a.outcomes(radius), b.outcomes(radius))
+        lines.append(_line("the recipe, less the paper's settings", radius, difference))
+    more = Check(
+        "The recipe certifies more than the paper's settings at equal rounds (average certified radius)",
+        _if_decided(greater_by(gain), gain),
+        lines,
+    )
+    return [more, *([_the_mark_to_beat(result)] if _is_cifar10(result) else [])]
+
+
+def _is_cifar10(result: FigureResult) -> bool:
+    return result.data.lower().replace("-", "").startswith("cifar10")
+
+
+def _the_mark_to_beat(result: FigureResult) -> Check:
+    best = max(
+        (one for one in result.series if one.models),
+        key=lambda one: float(one.average_certified_radius.mean()),
+    )
+    lines, verdicts = [], []
+    for radius, published in COHEN.items():
+        outcomes = best.outcomes(radius)
+        difference = paired_difference(outcomes, np.full(outcomes.shape, published))
+        verdicts.append(_if_decided(greater_by(difference), difference))
+        lines.append(
+            f"r = {radius:g}: {100 * outcomes.mean():.1f} % against {100 * published:.0f} %: "
+            f"{_signed(difference.estimate)} points "
+            f"[{_signed(difference.low)}, {_signed(difference.high)}]"
+            f"{'' if radius <= result.largest_radius else ' (no certificate of n draws reaches it)'}"
+        )
+    return Check(
+        "The best federated model here beats the published centralised ResNet-110 of Cohen et al. at sigma "
+        "0.25, at each of its radii",
+        all_of(verdicts),
+        [f"the best is: {best.label}", *lines],
+    )
+
+
+def _certificates_are_sane(result: FigureResult) -> Check | None:
+    models = [model for one in result.series for model in one.models]
+    if not models:
+        return None
+    largest = max((r or 0.0 for model in models for r in model.radii), default=0.0)
+    cap = result.largest_radius
+    # The radii of a result are rounded to 6 digits.
+    is_sane = largest <= cap + 1e-6
+    lines = [
+        f"largest certified radius {largest:.4f}, sigma Phi^-1(alpha^(1/n)) = {cap:.4f}, "
+        f"{len(models)} models"
+    ]
+    grid = np.linspace(0, cap, 200)
+    for one in (one for one in result.series if one.models):
+        curve = [one.outcomes(radius).mean() for radius in grid]
+        is_sane &= bool((np.diff(curve) <= 0).all())
+    lines.append(f"certified accuracy never rises with r: {'yes' if is_sane else 'NO'}")
+    attacks = [found for model in models for found in model.attack or ()]
+    for radius in sorted({found["radius"] for found in attacks}):
+        at_radius = [found for found in attacks if found["radius"] == radius]
+        certified = sum(found["num_certified"] for found in at_radius)
+        broken = sum(len(found["broken"]) for found in at_radius)
+        refuted = sum(len(found["broken_beyond_sampling_error"]) for found in at_radius)
+        is_sane &= refuted == 0
+        empirical = np.mean([found["empirical_accuracy"] for found in at_radius])
+        accuracy = np.mean([found["certified_accuracy"] for found in at_radius])
+        lines.append(
+            f"under attack at r = {radius:g}: {len(at_radius)} models, on average {100 * empirical:.1f} % "
+            f"right, {100 * accuracy:.1f} % certified; of {certified} certificates {broken} broken, "
+            f"{refuted} beyond sampling error"
+        )
+    return Check(
+        "The certificates pass the sanity checks",
+        Verdict.HOLDS if is_sane else Verdict.DOES_NOT_HOLD,
+        lines,
+    )
+
+
+def _compared(
+    result: FigureResult, statement: str, pairs: Sequence[Pair], judge: Judge
+) -> Check | None:
+    """Judge a statement by all of its pairs of series that are there, at r = sigma."""
+    lines, verdicts = [], []
+    for what, first, second in pairs:
+        a, b = result.of(first), result.of(second)
+        difference = None if a is None or b is None else _difference(a, b, result.sigma)
+        if difference is not None:
+            verdicts.append(_if_decided(judge(difference), difference))
+            lines.append(_line(what, result.sigma, difference))
+    return Check(statement, all_of(verdicts), lines) if lines else None
+
+
+def _difference(a: SeriesResult, b: SeriesResult, radius: float) -> Difference | None:
+    pair = _of_common_seeds(a, b)
+    if pair is None or pair[0].outcomes(0).shape != pair[1].outcomes(0).shape:
+        return None
+    return paired_difference(pair[0].outcomes(radius), pair[1].outcomes(radius))
+
+
+def _of_common_seeds(a: SeriesResult, b: SeriesResult) -> tuple[SeriesResult, SeriesResult] | None:
+    common = {model.seed for model in a.models} & {model.seed for model in b.models}
+    if not common:
+        return None
+    first, second = (
+        SeriesResult(one.label, one.settings, [m for m in one.models if m.seed in common])
+        for one in (a, b)
+    )
+    return first, second
+
+
+def _main_series(result: FigureResult) -> SeriesResult | None:
+    """Return SmoothAdv of the paper's homogeneous federation, whatever its figure calls it."""
+    return result.of(federated_label(GAMMAS[0], "stochastic")) or result.of(SMOOTHADV)
+
+
+def _if_decided(verdict: Verdict, difference: Difference) -> Verdict:
+    return verdict if difference.num_seeds >= FEWEST_SEEDS else Verdict.NOT_DECIDED
+
+
+def _reversed(verdict: Verdict) -> Verdict:
+    turned = {Verdict.HOLDS: Verdict.DOES_NOT_HOLD, Verdict.DOES_NOT_HOLD: Verdict.HOLDS}
+    return turned.get(verdict, verdict)
+
+
+def _is_close(difference: Difference) -> Verdict:
+    return equal_within(difference, CLOSE)
+
+
+def _line(what: str, radius: float, difference: Difference) -> str:
+    return (
+        f"{what}, at r = {radius:g}: {_signed(difference.estimate)} points "
+        f"[{_signed(difference.low)}, {_signed(difference.high)}], {_size(difference)}"
+    )
+
+
+def _size(difference: Difference) -> str:
+    seeds = "1 seed" if difference.num_seeds == 1 else f"{difference.num_seeds} seeds"
+    return f"{seeds} x {difference.num_images} images"
+
+
+def _times(ratio: Ratio) -> str:
+    return f"{ratio.estimate:.2f} x [{ratio.low:.2f}, {ratio.high:.2f}], {ratio.num_pairs} pairs"
+
+
+def _signed(value: float, factor: float = 100, digits: str = ".1f") -> str:
+    return f"{factor * value:+{digits}}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} points"
+
+
+def _name(estimator: str) -> str:
+    return estimator.replace("_", "-")

@@ -1,0 +1,143 @@
+"""A figure's results as text: a table and the checks, for the terminal and as Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from server.reproduction.checks import Check
+from server.reproduction.drawing import title
+from server.reproduction.results import FigureResult, SeriesResult
+
+
+def table_radii(result: FigureResult) -> list[float]:
+    """Return the radii of a figure's table: the grid's, up to the largest that can be certified."""
+    step = result.settings["radius_step"]
+    # Rounded so that 3 steps of 0.1 read 0.3.
+    return [round(i * step, 12) for i in range(int(result.largest_radius / step) + 1)]
+
+
+def print_figure(result: FigureResult, checks: Sequence[Check], console: Console) -> None:
+    """Print the table and, under it, what holds."""
+    header, rows = _table(result)
+    table = Table(title=f"{title(result)}; certified accuracy (%)", title_justify="left", box=None)
+    table.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # As wide as it needs: rich would shorten numbers to fit a narrow terminal.
+    unlimited = console.options.update(max_width=100_000)
+    table.width = console.measure(table, options=unlimited).maximum
+    console.print(table, soft_wrap=True)
+    for check in checks:
+        style = {"holds": "green", "does not hold": "red"}.get(check.verdict, "yellow")
+        console.print(
+            f"[{style}]{check.verdict:>13}[/]  {check.statement}", soft_wrap=True, highlight=False
+        )
+        for line in check.measured:
+            console.print(f"{'':>15}{line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def markdown(result: FigureResult, checks: Sequence[Check]) -> str:
+    """Return a figure's part of a results page, its picture named relative to the page."""
+    header, rows = _table(result)
+    settings, machine = result.settings, result.machine
+    revisions = sorted(
+        {revision[:10] for one in result.series for m in one.models for revision in m.git_revisions}
+    )
+    parts = [
+        f"### {title(result)}",
+        f"![{title(result)}](results/{result.scale}/{result.figure}.png)",
+        _row(["certified accuracy (%) at r", *header[1:]]) + "\n|---|" + "---:|" * len(header[1:]),
+    ]
+    parts[-1] += "".join("\n" + _row(row) for row in rows)
+    parts.append(
+        "Means over seeds, with their standard deviation; ACR is the average certified radius."
+    )
+    if different := [
+        f"- {one.label}: `{' '.join(one.settings)}`" for one in result.series if one.settings
+    ]:
+        parts.append("What a series has otherwise than the first one:\n\n" + "\n".join(different))
+    parts += [
+        f"**{check.verdict.capitalize()}**: {check.statement}.\n"
+        + "".join(f"\n- {line}" for line in check.measured)
+        for check in checks
+    ]
+    parts.append(
+        f"Data: {result.data}, {_num_images(result)} test images. {_of_federation(settings)} "
+        f"{_of_certificates(result)}"
+    )
+    parts.append(
+        f"Machine: {_of_machine(machine)}. Program: {', '.join(revisions)}. Command:\n\n"
+        f"```bash\n{result.command}\n```"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(result: FigureResult) -> tuple[list[str], list[list[str]]]:
+    radii = table_radii(result)
+    header = ["", *(f"{radius:g}" for radius in radii), "ACR", "seeds", "training"]
+    rows = []
+    for one in result.series:
+        if not one.models:
+            rows.append([one.label, *("-" for _ in radii), "-", "0", "-"])
+            continue
+        accuracies = [_mean_and_spread(100 * one.outcomes(r).mean(1), ".1f") for r in radii]
+        acr = _mean_and_spread(one.average_certified_radius, ".4f")
+        rows.append([one.label, *accuracies, acr, str(len(one.models)), _training_time(one)])
+    return header, rows
+
+
+def _mean_and_spread(values: Any, digits: str) -> str:
+    spread = f" ± {np.std(values, ddof=1):{digits}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{digits}}{spread}"
+
+
+def _training_time(series: SeriesResult) -> str:
+    known = [model.train_seconds for model in series.models if model.train_seconds is not None]
+    return f"{np.mean(known):.0f} s" if known else "-"
+
+
+def _num_images(result: FigureResult) -> int:
+    return max(len(model.radii) for one in result.series for model in one.models)
+
+
+def _of_federation(settings: dict[str, Any]) -> str:
+    step = settings["step_size"]
+    return (
+        f"{settings['num_clients']} devices of {settings['samples_per_client']} samples, "
+        f"{settings['cohort']} a round, {settings['num_rounds']} rounds of E = {settings['local_steps']} "
+        f"mini-batches of B = {settings['batch_size']}; {settings['model']} ({settings['init']} "
+        f"initialisation), SGD with learning rate {settings['learning_rate']:g}, momentum "
+        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g}; m = "
+        f"{settings['num_noise_vectors']}, T = {settings['attack_steps']}, {settings['step_rule']} steps"
+        f"{'' if step is None else f' of {step:g}'}; {settings['training_precision']}."
+    )
+
+
+def _of_certificates(result: FigureResult) -> str:
+    settings = result.settings
+    return (
+        f"Certified at sigma {result.sigma:g} with n0 = {settings['n0']}, n = {settings['n']}, alpha = "
+        f"{settings['alpha']:g} ({settings['method']}) in {settings['certification_precision']}: no radius "
+        f"can exceed {result.largest_radius:.3f}."
+    )
+
+
+def _of_machine(machine: dict[str, Any]) -> str:
+    cpus = ", ".join(str(name) for name in machine["cpu"])
+    count = ", ".join(str(number) for number in machine["cpu_count"])
+    gpus = ", ".join(str(name) for name in machine["gpu"] if name)
+    versions = "; ".join(
+        ", ".join(f"{name} {version}" for name, version in one.items() if name in ("torch", "flwr"))
+        for one in machine["versions"]
+        if one
+    )
+    return f"{cpus}, {count} cores, {gpus or 'no GPU'}, {versions}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
