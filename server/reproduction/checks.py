@@ -4,8 +4,10 @@ A verdict comes from confidence intervals over seeds and test images. With fewer
 interval covers the randomness of training: the intervals are shown, and nothing is decided.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -84,6 +86,17 @@ def checks_of(
         _certificates_are_sane(result),
     ]
     return [check for check in found if check is not None]
+
+
+def checks_in(folder: Path, result: FigureResult) -> list[Check]:
+    """Return the checks of a figure, given what else is known of its scale in ``folder``."""
+    others = [
+        FigureResult.load(path)
+        for path in sorted(folder.glob("*.json"))
+        if path.stem not in (result.figure, "speed")
+    ]
+    speed = folder / "speed.json"
+    return checks_of(result, others, SpeedUp.load(speed) if speed.is_file() else None)
 
 
 def _federated_is_close(result: FigureResult) -> Check | None:
@@ -229,7 +242,7 @@ def _recipe(result: FigureResult) -> list[Check]:
 
 
 def _is_cifar10(result: FigureResult) -> bool:
-    return result.data.lower().replace("-", "").startswith("cifar10")
+    return re.match(r"cifar-?10(?!\d)", result.data, re.IGNORECASE) is not None
 
 
 def _the_mark_to_beat(result: FigureResult) -> Check:

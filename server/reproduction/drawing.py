@@ -7,7 +7,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from server.reproduction.figures import ESTIMATORS, GAMMAS, centralized_label, federated_label
+from server.reproduction.figures import (
+    ESTIMATORS,
+    FIGURES,
+    GAMMAS,
+    centralized_label,
+    federated_label,
+)
 from server.reproduction.results import FigureResult
 
 _GRID_POINTS = 600
@@ -66,13 +72,12 @@ def draw(result: FigureResult, stem: Path) -> list[Path]:
 
 def title(result: FigureResult) -> str:
     """Return what a figure is about, in one line."""
-    name = result.figure
-    number = f"Figure {name.removeprefix('fig')}" if name.startswith("fig") else "Beyond the paper"
-    if name.startswith("fig"):
-        what = f"sigma {result.sigma:g}, epsilon {result.epsilon_255:g}/255"
-    else:
+    figure = FIGURES[result.figure]
+    if figure.kind == "recipe":
         what = f"a stronger recipe, sigma {result.sigma:g}"
-    return f"{number}: {what}; {result.data}, scale {result.scale}"
+    else:
+        what = f"sigma {result.sigma:g}, epsilon {result.epsilon_255:g}/255"
+    return f"{figure.number}: {what}; {result.data}, scale {result.scale}"
 
 
 def _styles(result: FigureResult) -> dict[str, tuple[str, str]]:

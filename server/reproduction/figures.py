@@ -43,7 +43,11 @@ class Figure:
     @property
     def number(self) -> str:
         """How a person calls it."""
-        return f"Figure {self.name.removeprefix('fig')}" if self.name in PAPER_ORDER else "Beyond"
+        return (
+            f"Figure {self.name.removeprefix('fig')}"
+            if self.name in PAPER_ORDER
+            else "Beyond the paper"
+        )
 
 
 def centralized_label(estimator: str) -> str:

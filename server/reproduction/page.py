@@ -1,14 +1,17 @@
 """A figure's results as text: a table and the checks, for the terminal and as Markdown."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from server.reproduction.checks import Check
+from server.reproduction.checks import Check, checks_in
 from server.reproduction.drawing import title
+from server.reproduction.figures import FIGURES
 from server.reproduction.results import FigureResult, SeriesResult
 
 
@@ -22,7 +25,8 @@ def table_radii(result: FigureResult) -> list[float]:
 def print_figure(result: FigureResult, checks: Sequence[Check], console: Console) -> None:
     """Print the table and, under it, what holds."""
     header, rows = _table(result)
-    table = Table(title=f"{title(result)}; certified accuracy (%)", title_justify="left", box=None)
+    heading = escape(f"{title(result)}; certified accuracy (%)")
+    table = Table(title=heading, title_justify="left", box=None)
     table.add_column(header[0], no_wrap=True)
     for name in header[1:]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -41,12 +45,43 @@ def print_figure(result: FigureResult, checks: Sequence[Check], console: Console
             console.print(f"{'':>15}{line}", soft_wrap=True, markup=False, highlight=False)
 
 
+def page_of(results: Path) -> str:
+    """Return, as Markdown, all figures in a folder of results: what holds, then each of them.
+
+    Args:
+        results: holds a folder for each scale. The page's pictures are named relative to its parent.
+
+    Raises:
+        CertificationError: when a file in it is damaged.
+    """
+    found = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        for name in FIGURES:
+            path = folder / f"{name}.json"
+            if path.is_file():
+                result = FigureResult.load(path)
+                found.append((result, checks_in(folder, result)))
+    verdicts = [
+        _row([f"{_short(result)}", check.statement, f"**{check.verdict}**"])
+        for result, checks in found
+        for check in checks
+    ]
+    head = [_row(["", "Statement", "Measured"]), "|---|---|---|"]
+    figures = [markdown(result, checks) for result, checks in found]
+    return "\n\n".join(["\n".join([*head, *verdicts]), *figures])
+
+
 def markdown(result: FigureResult, checks: Sequence[Check]) -> str:
     """Return a figure's part of a results page, its picture named relative to the page."""
     header, rows = _table(result)
     settings, machine = result.settings, result.machine
     revisions = sorted(
-        {revision[:10] for one in result.series for m in one.models for revision in m.git_revisions}
+        {
+            _revision(found)
+            for one in result.series
+            for model in one.models
+            for found in model.git_revisions
+        }
     )
     parts = [
         f"### {title(result)}",
@@ -60,7 +95,7 @@ def markdown(result: FigureResult, checks: Sequence[Check]) -> str:
     if different := [
         f"- {one.label}: `{' '.join(one.settings)}`" for one in result.series if one.settings
     ]:
-        parts.append("What a series has otherwise than the first one:\n\n" + "\n".join(different))
+        parts.append("What a series has otherwise than is said below:\n\n" + "\n".join(different))
     parts += [
         f"**{check.verdict.capitalize()}**: {check.statement}.\n"
         + "".join(f"\n- {line}" for line in check.measured)
@@ -97,8 +132,13 @@ def _mean_and_spread(values: Any, digits: str) -> str:
 
 
 def _training_time(series: SeriesResult) -> str:
-    known = [model.train_seconds for model in series.models if model.train_seconds is not None]
-    return f"{np.mean(known):.0f} s" if known else "-"
+    return f"{np.mean([model.train_seconds for model in series.models]):.0f} s"
+
+
+def _revision(found: str) -> str:
+    """Shorten it; that files were changed is not cut off."""
+    revision, dash, changed = found.partition("-")
+    return f"{revision[:10]}{dash}{changed}"
 
 
 def _num_images(result: FigureResult) -> int:
@@ -137,6 +177,10 @@ def _of_machine(machine: dict[str, Any]) -> str:
         if one
     )
     return f"{cpus}, {count} cores, {gpus or 'no GPU'}, {versions}"
+
+
+def _short(result: FigureResult) -> str:
+    return f"{FIGURES[result.figure].number}, {result.scale}"
 
 
 def _row(cells: Sequence[str]) -> str:

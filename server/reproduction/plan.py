@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedsmooth_core.config import RunConfig
+from fedsmooth_core.config import CertificationConfig, RunConfig, Scalar, to_flat
 from fedsmooth_core.errors import ConfigError
 from server.attacked import AttackTerms
-from server.configuration import CONF, compose
+from server.configuration import CONF, compose, load
 from server.reproduction.figures import Figure, Series
 from server.reproduction.speed import SpeedMeasurement
 from server.reproduction.tasks import Attacking, Certifying, Task, Training
@@ -23,8 +23,10 @@ _ATTACK = {"steps": 10, "draws": 8, "n": 500, "images": 100}
 # Settings that say what a series is.
 _FIXED = {
     *("experiment", "scale", "seed", "name", "run_dir", "resume"),
-    *("attack", "attack.estimator", "attack.epsilon", "attack.epsilon_255"),
-    *("smoothing", "smoothing.sigma", "training", "partition.gamma", "partition.scheme"),
+    *("attack", "attack.attack_steps", "attack.estimator"),
+    *("attack.epsilon", "attack.epsilon_255"),
+    *("smoothing", "smoothing.sigma", "training"),
+    *("partition", "partition.gamma", "partition.scheme"),
     *("certification.sigma", "certification.at_end", "certification.every"),
 }
 
@@ -60,15 +62,19 @@ class FigurePlan:
         return next(iter(self.members.values()))[0].certifying.config
 
     @property
-    def tasks(self) -> list[Task]:
-        """All of them, a seed after another: the first seed's models make a figure already."""
-        tasks = [
-            task
+    def chains(self) -> list[list[Task]]:
+        """Tasks that each need the one before, a seed after another: the first makes a figure already."""
+        chains = [
+            member.tasks
             for of_seed in zip(*self.members.values(), strict=True)
             for member in of_seed
-            for task in member.tasks
         ]
-        return [*tasks, self.speed] if self.speed else tasks
+        return [*chains, [self.speed]] if self.speed else chains
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All of them, in the order in which they can be done."""
+        return [task for chain in self.chains for task in chain]
 
 
 def make_plan(
@@ -87,10 +93,12 @@ def make_plan(
         ConfigError: for a setting that the plan makes itself or that is not valid, and for a model that
             is in ``root`` already but was trained with other settings.
     """
+    if scale not in SCALES:
+        raise ConfigError(f"--scale {scale} is unknown: allowed are {', '.join(SCALES)}.")
     if num_seeds < 1:
         raise ConfigError(f"--seeds {num_seeds} trains nothing: allowed is 1 or more.")
     for override in overrides:
-        key = override.partition("=")[0]
+        key = override.partition("=")[0].lstrip("+")
         if key in _FIXED or key.partition(".")[0] == "service":
             raise ConfigError(
                 f"{override} says what a curve is or where it goes, which the plan does itself: allowed "
@@ -115,12 +123,21 @@ def _figure_plan(
     root: Path,
     trainings: dict[str, Training],
 ) -> FigurePlan:
-    members = {
-        series.label: [
-            _member(series, scale, seed, overrides, root, trainings) for seed in range(num_seeds)
+    members = {}
+    for series in figure.series:
+        settings = [
+            f"experiment={series.experiment}",
+            *([] if scale == "paper" else [f"scale={scale}"]),
+            *overrides,
+            *series.settings,
+            "certification.at_end=false",
         ]
-        for series in figure.series
-    }
+        # Composed once: to compose takes a tenth of a second, and all figures are many models.
+        config = compose(settings)
+        members[series.label] = [
+            _member(series, replace(config, seed=seed), root, trainings)
+            for seed in range(num_seeds)
+        ]
     speed = None
     if figure.kind == "comparison":
         config = next(iter(members.values()))[0].certifying.config
@@ -129,55 +146,72 @@ def _figure_plan(
 
 
 def _member(
-    series: Series,
-    scale: str,
-    seed: int,
-    overrides: Sequence[str],
-    root: Path,
-    trainings: dict[str, Training],
+    series: Series, as_figure: RunConfig, root: Path, trainings: dict[str, Training]
 ) -> Member:
-    settings = [
-        f"experiment={series.experiment}",
-        *([] if scale == "paper" else [f"scale={scale}"]),
-        *overrides,
-        *series.settings,
-        f"seed={seed}",
-        "certification.at_end=false",
-    ]
-    as_figure = compose(settings)
-    training = _training(series, as_figure, settings, root)
+    training = _training(series, as_figure, root)
     training = trainings.setdefault(training.name, training)
     certifying = Certifying(
         training, as_figure, root / "certificates" / training.name / _terms(as_figure)
     )
     sigma = as_figure.certified_sigma
     terms = AttackTerms(radii=(sigma, 2 * sigma), **_ATTACK)
-    return Member(seed, training, certifying, Attacking(certifying, terms) if seed == 0 else None)
+    attacking = Attacking(certifying, terms) if as_figure.seed == 0 else None
+    return Member(as_figure.seed, training, certifying, attacking)
 
 
-def _training(series: Series, as_figure: RunConfig, settings: list[str], root: Path) -> Training:
+def _training(series: Series, as_figure: RunConfig, root: Path) -> Training:
     name = _name(as_figure, series)
     folder = root / "models" / name
-    num_rounds = as_figure.federation.num_rounds
-    settings = [
-        *settings,
-        f"run_dir='{folder}'",
-        f"name={name}",
-        # A model may be certified at several noise levels: none of them is its own.
-        "certification.sigma=null",
-        f"federation.checkpoint_every={max(1, math.ceil(num_rounds / _CHECKPOINTS))}",
-    ]
+    federation, training = as_figure.federation, as_figure.training
     if series.is_centralized:
         # As many samples a round as a cohort, in the paper's larger mini-batches.
-        training = as_figure.training
         samples = as_figure.cohort_size * training.local_steps * training.batch_size
-        settings += [
-            f"training.batch_size={_CENTRALIZED_BATCH}",
-            f"training.local_steps={max(1, round(samples / _CENTRALIZED_BATCH))}",
-        ]
+        training = replace(
+            training,
+            batch_size=_CENTRALIZED_BATCH,
+            local_steps=max(1, round(samples / _CENTRALIZED_BATCH)),
+        )
+    every = max(1, math.ceil(federation.num_rounds / _CHECKPOINTS))
+    config = replace(
+        as_figure,
+        name=name,
+        run_dir=str(folder),
+        training=training,
+        federation=replace(federation, checkpoint_every=every),
+        # A model may be certified at several noise levels: none of them is its own.
+        certification=replace(as_figure.certification, sigma=None),
+    )
     if (folder / "config.yaml").is_file():
-        compose([*settings, "resume=true"])  # refuses a model of other settings
-    return Training(name, replace(compose(settings), resume=False), series.is_centralized)
+        _refuse_other_model(config, folder)
+    return Training(name, config, series.is_centralized)
+
+
+def _refuse_other_model(config: RunConfig, folder: Path) -> None:
+    """Refuse a model that is there, finished or not, but that was begun with other settings."""
+    wanted, there = _of_training(config), _of_training(load(folder))
+    different = [
+        f"{key.replace('-', '_')}={wanted.get(key, 'null')} (was {there.get(key, 'null')})"
+        for key in wanted | there
+        if wanted.get(key) != there.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"{folder} holds a model that was trained with other settings, namely "
+            f"{', '.join(different)}: leave these as they were, or name another folder with -o."
+        )
+
+
+def _of_training(config: RunConfig) -> dict[str, Scalar]:
+    """Return, by name, what decides the weights of a final model, the last round among it."""
+    federation = config.federation
+    settings = to_flat(config.plan) | to_flat(config.aggregation, "aggregation.")
+    settings |= {
+        "federation.num-rounds": federation.num_rounds,
+        "federation.cohort-fraction": federation.cohort_fraction,
+        "runtime.precision": config.runtime.precision,
+    }
+    # Where the images are is a fact of the machine.
+    return {key: value for key, value in settings.items() if key != "dataset.root"}
 
 
 def _name(config: RunConfig, series: Series) -> str:
@@ -198,12 +232,17 @@ def _name(config: RunConfig, series: Series) -> str:
 
 def _terms(config: RunConfig) -> str:
     """Name certificates by their terms: other terms are another folder."""
-    terms = config.certification
+    terms, usual = config.certification, CertificationConfig()
     parts = [
         f"sigma{config.certified_sigma:g}",
         f"n{terms.n}",
         f"images{terms.num_images or 'all'}",
     ]
+    parts += [
+        f"{key}{getattr(terms, key):g}"
+        for key in ("n0", "alpha")
+        if getattr(terms, key) != getattr(usual, key)
+    ]
     if terms.method != "fixed":
-        parts.append(terms.method)
+        parts.append(f"{terms.method}-step{terms.radius_step:g}")
     return "-".join([*parts, terms.precision])

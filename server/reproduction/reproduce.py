@@ -12,13 +12,12 @@ from rich.table import Table
 
 from fedsmooth_core.durable import try_lock, write_atomically
 from fedsmooth_core.errors import ConfigError, TrainingError
-from server.reproduction.checks import Check, checks_of
+from server.reproduction.checks import checks_in
 from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
-from server.reproduction.page import markdown, print_figure
-from server.reproduction.plan import SCALES, FigurePlan, make_plan, results_folder
+from server.reproduction.page import page_of, print_figure
+from server.reproduction.plan import FigurePlan, make_plan, results_folder
 from server.reproduction.results import FigureResult, gather
-from server.reproduction.speed import SpeedUp
 from server.reproduction.tasks import Task
 from server.reproduction.timing import Log, measured_rate, seconds_left
 
@@ -48,8 +47,6 @@ def reproduce(
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
-    if scale not in SCALES:
-        raise ConfigError(f"--scale {scale} is unknown: allowed are {', '.join(SCALES)}.")
     root = (root or Path("runs", f"reproduce-{scale}")).expanduser().resolve()
     plans = make_plan(figures_named(names), scale, num_seeds, overrides, root)
     log = Log(root / "tasks.jsonl")
@@ -74,6 +71,9 @@ def reproduce(
         # Statements across figures know all of them only now.
         for plan in plans:
             reproduction.report(plan)
+    page = root / "results.md"
+    write_atomically(page, page_of(root / "results").encode())
+    console.print(f"Written: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,24 @@ class _Reproduction:
 
     def work(self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]) -> None:
         """Do what is left of a figure; its picture and numbers are kept up to date as seeds finish."""
-        for task in plan.tasks:
-            work = task.work_left()
-            if not work:
-                continue
-            left = _tasks_left(plans)
-            remaining = _duration(seconds_left(left, self.log.rates() or rates))
-            self.console.rule(f"{len(left)} tasks left, about {remaining}: {task.title}")
-            started = time.perf_counter()
-            try:
-                task.run(self.console)
-            except TrainingError as error:  # it diverged: the other models may not
-                self.console.print(f"Failed: {task.title}: {error}", soft_wrap=True, markup=False)
-                continue
-            self.log.append(task, work, time.perf_counter() - started)
-            self._keep(plan)
+        for chain in plan.chains:
+            for task in chain:
+                work = task.work_left()
+                if not work:
+                    continue
+                left = _tasks_left(plans)
+                remaining = _duration(seconds_left(left, self.log.rates() or rates))
+                self.console.rule(f"{len(left)} tasks left, about {remaining}: {task.title}")
+                started = time.perf_counter()
+                try:
+                    task.run(self.console)
+                except TrainingError as error:  # it diverged: the other models may not
+                    self.console.print(
+                        f"Failed: {task.title}: {error}", soft_wrap=True, markup=False
+                    )
+                    break
+                self.log.append(task, work, time.perf_counter() - started)
+                self._keep(plan)
 
     def report(self, plan: FigurePlan) -> None:
         """Print a figure's table and checks, and say where its picture and numbers are."""
@@ -108,16 +111,10 @@ class _Reproduction:
         if result is None:
             self.console.print(f"{plan.figure.name}: none of its models could be trained.")
             return
-        text = self.folder / f"{result.figure}.md"
-        checks = checks_in(self.folder, result)
-        write_atomically(text, markdown(result, checks).encode())
         self.console.rule()
-        print_figure(result, checks, self.console)
-        for path in (
-            self.folder / f"{result.figure}.png",
-            self.folder / f"{result.figure}.json",
-            text,
-        ):
+        print_figure(result, checks_in(self.folder, result), self.console)
+        for ending in ("png", "json"):
+            path = self.folder / f"{result.figure}.{ending}"
             self.console.print(f"Written: {path}", soft_wrap=True, markup=False, highlight=False)
 
     def _keep(self, plan: FigurePlan) -> FigureResult | None:
@@ -129,17 +126,6 @@ class _Reproduction:
         result.save(self.folder / f"{result.figure}.json")
         draw(result, self.folder / result.figure)
         return result
-
-
-def checks_in(folder: Path, result: FigureResult) -> list[Check]:
-    """Return the checks of a figure, given what else is known of its scale in ``folder``."""
-    others = [
-        FigureResult.load(path)
-        for path in sorted(folder.glob("*.json"))
-        if path.stem not in (result.figure, "speed")
-    ]
-    speed = folder / "speed.json"
-    return checks_of(result, others, SpeedUp.load(speed) if speed.is_file() else None)
 
 
 def _tasks_left(plans: Sequence[FigurePlan]) -> list[Task]:

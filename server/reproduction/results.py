@@ -33,9 +33,10 @@ class ModelResult:
     clean_accuracy: float
     noisy_accuracy: float
     """On all test images, one noise draw each at the noise level of training."""
-    train_seconds: float | None
-    """None where the time is not known."""
+    train_seconds: float
+    """Local training and what it waits for, over all rounds."""
     certify_seconds: float | None
+    """None where the time is not known; less than it took where a process was killed over it."""
     git_revisions: list[str]
     """Of the program, in each process that trained the model."""
     attack: list[dict[str, Any]] | None
@@ -181,14 +182,15 @@ def _model(
     attack = None
     if member.attacking is not None and member.attacking.result.is_file():
         attack = json.loads(member.attacking.result.read_bytes())["radii"]
-    last = member.training.run_directory.read_metrics()[-1]
+    rounds = member.training.run_directory.read_metrics()
     return ModelResult(
         seed=member.seed,
         radii=radii,
         rows_sha256=rows_sha256(member.certifying.rows),
-        clean_accuracy=last["clean-accuracy"],
-        noisy_accuracy=last["noisy-accuracy"],
-        train_seconds=log.seconds_of(member.training.title),
+        clean_accuracy=rounds[-1]["clean-accuracy"],
+        noisy_accuracy=rounds[-1]["noisy-accuracy"],
+        # Of the rounds, for what a killed process took is in no log.
+        train_seconds=sum(one["seconds"]["train"] for one in rounds),
         certify_seconds=log.seconds_of(member.certifying.title),
         git_revisions=sorted({str(one.get("git_revision")) for one in sessions}),
         attack=attack,

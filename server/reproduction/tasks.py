@@ -6,7 +6,6 @@ from typing import Protocol
 
 from rich.console import Console
 
-from fedsmooth_core.certification.rows import read_rows
 from fedsmooth_core.config import RunConfig, TrainingPlan
 from server.attacked import ATTACK, AttackTerms, attack_checkpoint
 from server.certify import certify_checkpoint
@@ -112,10 +111,11 @@ class Certifying:
         if (self.folder / SUMMARY).is_file():
             return 0
         terms = self.config.certification
-        done = len(read_rows(self.rows)) if self.rows.is_file() else 0
+        # Lines, not rows: a file may be empty or its last line torn by a crash, until it is continued.
+        lines = self.rows.read_bytes().count(b"\n") if self.rows.is_file() else 0
         # What all test images are is known once they are loaded; the figures take a part of them.
         num_images = terms.num_images or 10_000
-        return max(1, num_images - done) * (terms.n0 + terms.n)
+        return max(1, num_images - max(0, lines - 1)) * (terms.n0 + terms.n)
 
     def run(self, console: Console) -> None:
         certify_checkpoint(self.model.checkpoint, self.config, self.folder, console)

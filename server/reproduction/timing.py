@@ -37,7 +37,7 @@ class Log:
         append_durably(self._path, json.dumps(line))
 
     def seconds_of(self, title: str) -> float | None:
-        """Return what a task took, over all processes that worked on it; None if it is not known."""
+        """Return what a task took, but for processes that were killed over it; None if none ended it."""
         found = [line["seconds"] for line in self._lines() if line["task"] == title]
         return sum(found) if found else None
 

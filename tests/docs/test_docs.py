@@ -1,6 +1,7 @@
-"""The documents are current: their settings, links, commands, errors, and the tests they name.
+"""The documents are current: their settings, results, links, commands, errors, and the tests they name.
 
-``python tests/docs/test_docs.py --write`` renders the tables of docs/configuration.md anew.
+``python tests/docs/test_docs.py --write`` renders anew the tables of docs/configuration.md, and the part of
+docs/results.md that is made of the files in docs/results.
 """
 
 import ast
@@ -10,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,6 +25,9 @@ from fedsmooth_core.data import dataset_names
 from fedsmooth_core.models import registry
 from server import configuration
 from server.cli import parse, parser
+from server.reproduction.figures import figures_named
+from server.reproduction.page import page_of
+from server.reproduction.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -75,21 +79,30 @@ def render_experiments() -> str:
     return "\n".join(lines)
 
 
-RENDERED = {
-    "settings": render_settings,
-    "groups": render_groups,
-    "experiments": render_experiments,
+def render_results() -> str:
+    """The figures of the paper, from what was measured for them."""
+    return page_of(ROOT / "docs" / "results").strip()
+
+
+RENDERED: dict[Path, dict[str, Callable[[], str]]] = {
+    CONFIGURATION: {
+        "settings": render_settings,
+        "groups": render_groups,
+        "experiments": render_experiments,
+    },
+    ROOT / "docs" / "results.md": {"figures": render_results},
 }
 
 
-def refreshed(text: str) -> str:
-    """Return the document with every generated part rendered anew."""
-    for name, render in RENDERED.items():
+def refreshed(path: Path) -> str:
+    """Return a document with every generated part rendered anew."""
+    text = path.read_text()
+    for name, render in RENDERED[path].items():
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         head, found_begin, rest = text.partition(begin)
         _, found_end, tail = rest.partition(end)
-        assert found_begin, f"docs/configuration.md lacks the line {begin}"
-        assert found_end, f"docs/configuration.md lacks the line {end}"
+        assert found_begin, f"{path.name} lacks the line {begin}"
+        assert found_end, f"{path.name} lacks the line {end}"
         text = f"{head}{begin}\n\n{render()}\n\n{end}{tail}"
     return text
 
@@ -171,9 +184,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def test_the_tables_of_settings_are_current():
-    text = CONFIGURATION.read_text()
-    assert text == refreshed(text), "run: python tests/docs/test_docs.py --write"
+@pytest.mark.parametrize("path", RENDERED, ids=lambda path: path.name)
+def test_what_is_generated_is_current(path):
+    assert path.read_text() == refreshed(path), "run: python tests/docs/test_docs.py --write"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,6 +298,11 @@ def _check_fedsmooth(arguments: list[str], tmp_path: Path) -> None:
     if command == "certify":
         configuration.with_overrides(to_nested(RunConfig()), overrides, "checkpoint")
         return
+    if command == "reproduce":
+        names = [word for word in options.words if "=" not in word]
+        settings = [word for word in options.words if "=" in word]
+        make_plan(figures_named(names), options.scale, options.seeds, settings, tmp_path)
+        return
     if "resume=true" in overrides:
         # A run of the default settings stands in for the one to continue.
         configuration.save(configuration.compose([]), tmp_path / "config.yaml")
@@ -325,6 +343,9 @@ def test_errors_are_as_shown(overrides, said):
         ["certify", "runs/one", "certification.m=1"],
         ["report", "--yaml", "runs/one"],
         ["train"],
+        ["reproduce", "fig12"],
+        ["reproduce", "fig1", "smoothing.sigma=0.5"],
+        ["reproduce", "fig1", "--scale=large"],
     ],
 )
 def test_commands_that_do_not_work_are_noticed(words, tmp_path):
@@ -335,4 +356,5 @@ def test_commands_that_do_not_work_are_noticed(words, tmp_path):
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit(f"usage: python {sys.argv[0]} --write")
-    CONFIGURATION.write_text(refreshed(CONFIGURATION.read_text()))
+    for document in RENDERED:
+        document.write_text(refreshed(document))
