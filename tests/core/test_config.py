@@ -411,6 +411,18 @@ def test_epsilon_255_is_in_units_of_1_255_and_epsilon_in_pixel_units():
     assert AttackConfig(epsilon_255=0).l2_budget == 0
 
 
+@pytest.mark.parametrize("server_round", [1, 2, 5, 9, 10, 11, 1000])
+def test_a_budget_grows_in_equal_steps_and_a_step_of_null_with_it(server_round):
+    attack = AttackConfig(
+        step_rule="normalized", step_size=None, epsilon_255=128, attack_steps=4, warmup_rounds=10
+    )
+    now = attack.in_round(server_round)
+    assert now.l2_budget == pytest.approx(128 / 255 * min(1, server_round / 10), rel=1e-15)
+    assert now.step == pytest.approx(now.l2_budget / 2, rel=1e-15)
+    assert now.in_round(1) == now  # nothing grows any more
+    assert AttackConfig().in_round(1) == AttackConfig()
+
+
 @pytest.mark.parametrize("both", [(None, None), (0.5, 128.0), (0.0, 0.0)])
 def test_exactly_one_unit_of_epsilon_is_given(both):
     message = refusal(AttackConfig, epsilon=both[0], epsilon_255=both[1])

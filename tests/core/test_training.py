@@ -240,6 +240,17 @@ def test_every_seed_round_and_client_has_noise_of_its_own():
     assert correlations.abs().max() < 4.5 / math.sqrt(streams[0].numel())
 
 
+@pytest.mark.parametrize(("server_round", "budget"), [(1, 85), (2, 170), (3, 255), (7, 255)])
+def test_the_budget_grows_over_the_first_rounds(server_round, budget):
+    attack = {"step_rule": "normalized", "step_size": None}
+    growing = make_plan(attack=attack | {"epsilon_255": 255, "warmup_rounds": 3})
+    whole = make_plan(attack=attack | {"epsilon_255": budget})
+    trained = state_after(growing, server_round=server_round)
+    expected = state_after(whole, server_round=server_round)
+    for name, value in trained.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
 def test_the_training_data_is_left_alone():
     data = make_data()
     images, labels = data.images.clone(), data.labels.clone()

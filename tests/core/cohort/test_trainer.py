@@ -192,6 +192,24 @@ def test_what_is_kept_between_rounds_changes_nothing(engine):
             )
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_budget_that_grows_over_the_rounds_does_in_every_engine(engine):
+    members, model = shared_members(2), make_model()
+    attack = {"step_rule": "normalized", "step_size": None, "epsilon_255": 255}
+    growing = make_plan(attack | {"warmup_rounds": 4})
+    trainer = CohortTrainer(CPU, **ENGINES[engine])
+    state = dict(make_model().state_dict())
+    for server_round, budget in enumerate([63.75, 127.5, 191.25, 255, 255], start=1):
+        kept = dict(trainer.train(model, state, members, growing, server_round))
+        whole = make_plan(attack | {"epsilon_255": budget})
+        for place, member in enumerate(members):
+            alone = make_model()
+            local_train(alone, member.data, whole, server_round, member.client)
+            torch.testing.assert_close(
+                kept[place].state, dict(alone.state_dict()), rtol=0, atol=1e-10
+            )
+
+
 def test_replies_of_one_round_outlive_the_next():
     members, model = shared_members(2), make_model()
     for settings in ENGINES.values():
