@@ -1,6 +1,5 @@
 """From figures, a scale and seeds to the tasks that they need, models that they share once."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ SCALES = ("paper", *sorted(path.stem for path in (CONF / "scale").glob("*.yaml")
 """``paper`` is the size that the experiments are written in; the others are files of conf/scale."""
 
 _CENTRALIZED_BATCH = 60
-_CHECKPOINTS = 4
+_CHECKPOINT_EVERY = 5
 _ATTACK = {"steps": 10, "draws": 8, "n": 500, "images": 100}
 
 # Settings that say what a series is.
@@ -28,6 +27,8 @@ _FIXED = {
     *("smoothing", "smoothing.sigma", "training"),
     *("partition", "partition.gamma", "partition.scheme"),
     *("certification.sigma", "certification.at_end", "certification.every"),
+    # The statements are about r = sigma, which need not be on the grid of sequential certification.
+    "certification.method",
 }
 
 
@@ -98,6 +99,8 @@ def make_plan(
     if num_seeds < 1:
         raise ConfigError(f"--seeds {num_seeds} trains nothing: allowed is 1 or more.")
     for override in overrides:
+        if override == "certification.num_images=1":
+            raise ConfigError(f"{override} compares nothing: allowed is 2 or more.")
         key = override.partition("=")[0].lstrip("+")
         if key in _FIXED or key.partition(".")[0] == "service":
             raise ConfigError(
@@ -123,26 +126,36 @@ def _figure_plan(
     root: Path,
     trainings: dict[str, Training],
 ) -> FigurePlan:
-    members = {}
-    for series in figure.series:
-        settings = [
-            f"experiment={series.experiment}",
-            *([] if scale == "paper" else [f"scale={scale}"]),
-            *overrides,
-            *series.settings,
-            "certification.at_end=false",
-        ]
-        # Composed once: to compose takes a tenth of a second, and all figures are many models.
-        config = compose(settings)
-        members[series.label] = [
+    # Composed once: to compose takes a tenth of a second, and all figures are many models.
+    configs = {series: compose(_settings(series, scale, overrides)) for series in figure.series}
+
+    def members_of(seed: int, trainings: dict[str, Training]) -> list[Member]:
+        return [
             _member(series, replace(config, seed=seed), root, trainings)
-            for seed in range(num_seeds)
+            for series, config in configs.items()
         ]
+
+    # What is finished of further seeds is shown, too: to ask for fewer takes no result back.
+    while all(not member.certifying.work_left() for member in members_of(num_seeds, {})):
+        num_seeds += 1
+    of_seeds = [members_of(seed, trainings) for seed in range(num_seeds)]
+    labels = [series.label for series in figure.series]
+    members = {label: [of_seed[i] for of_seed in of_seeds] for i, label in enumerate(labels)}
     speed = None
     if figure.kind == "comparison":
         config = next(iter(members.values()))[0].certifying.config
         speed = SpeedMeasurement(config, results_folder(root, scale))
     return FigurePlan(figure, members, speed)
+
+
+def _settings(series: Series, scale: str, overrides: Sequence[str]) -> list[str]:
+    return [
+        f"experiment={series.experiment}",
+        *([] if scale == "paper" else [f"scale={scale}"]),
+        *overrides,
+        *series.settings,
+        "certification.at_end=false",
+    ]
 
 
 def _member(
@@ -165,19 +178,21 @@ def _training(series: Series, as_figure: RunConfig, root: Path) -> Training:
     federation, training = as_figure.federation, as_figure.training
     if series.is_centralized:
         # As many samples a round as a cohort, in the paper's larger mini-batches.
-        samples = as_figure.cohort_size * training.local_steps * training.batch_size
+        size = min(
+            training.batch_size, as_figure.partition.samples_per_client or training.batch_size
+        )
+        samples = as_figure.cohort_size * training.local_steps * size
         training = replace(
             training,
             batch_size=_CENTRALIZED_BATCH,
             local_steps=max(1, round(samples / _CENTRALIZED_BATCH)),
         )
-    every = max(1, math.ceil(federation.num_rounds / _CHECKPOINTS))
     config = replace(
         as_figure,
         name=name,
         run_dir=str(folder),
         training=training,
-        federation=replace(federation, checkpoint_every=every),
+        federation=replace(federation, checkpoint_every=_CHECKPOINT_EVERY),
         # A model may be certified at several noise levels: none of them is its own.
         certification=replace(as_figure.certification, sigma=None),
     )

@@ -1,5 +1,6 @@
 """``fedsmooth reproduce``: do what is left of the plan, then draw its figures and say what holds."""
 
+import math
 import shlex
 import sys
 import time
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsmooth_core.durable import try_lock, write_atomically
-from fedsmooth_core.errors import ConfigError, TrainingError
+from fedsmooth_core.errors import ConfigError, DataError, FedSmoothError, TrainingError
 from server.reproduction.checks import checks_in
 from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
@@ -52,7 +53,11 @@ def reproduce(
     log = Log(root / "tasks.jsonl")
     rates = log.rates()
     if not rates and _tasks_left(plans):
-        rates = {"": measured_rate(plans[0].config)}
+        try:
+            rates = {"": measured_rate(plans[0].config)}
+        except DataError:
+            if not only_plan:
+                raise
     _show_plan(plans, rates, console)
     if only_plan:
         return
@@ -66,14 +71,15 @@ def reproduce(
         reproduction = _Reproduction(
             scale, data or plans[0].config.dataset.name, folder, log, console
         )
-        for plan in plans:
-            reproduction.work(plan, plans, rates)
+        failed = [title for plan in plans for title in reproduction.work(plan, plans, rates)]
         # Statements across figures know all of them only now.
         for plan in plans:
             reproduction.report(plan)
     page = root / "results.md"
     write_atomically(page, page_of(root / "results").encode())
     console.print(f"Written: {page}", soft_wrap=True, markup=False, highlight=False)
+    if failed:
+        raise TrainingError(f"Failed, as said above: {', '.join(dict.fromkeys(failed))}.")
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,15 @@ class _Reproduction:
     log: Log
     console: Console
 
-    def work(self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]) -> None:
-        """Do what is left of a figure; its picture and numbers are kept up to date as seeds finish."""
+    def work(
+        self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]
+    ) -> list[str]:
+        """Do what is left of a figure; its picture and numbers are kept up to date as models finish.
+
+        Returns:
+            The tasks that failed. What needs them is not begun; everything else goes on.
+        """
+        failed = []
         for chain in plan.chains:
             for task in chain:
                 work = task.work_left()
@@ -97,13 +110,15 @@ class _Reproduction:
                 started = time.perf_counter()
                 try:
                     task.run(self.console)
-                except TrainingError as error:  # it diverged: the other models may not
+                except FedSmoothError as error:  # such as training that diverged: others may not
                     self.console.print(
                         f"Failed: {task.title}: {error}", soft_wrap=True, markup=False
                     )
+                    failed.append(task.title)
                     break
                 self.log.append(task, work, time.perf_counter() - started)
                 self._keep(plan)
+        return failed
 
     def report(self, plan: FigurePlan) -> None:
         """Print a figure's table and checks, and say where its picture and numbers are."""
@@ -166,6 +181,8 @@ def _show_plan(plans: Sequence[FigurePlan], rates: dict[str, float], console: Co
 
 def _duration(seconds: float) -> str:
     """Say a duration for people, to the minute or, below two of them, to the second."""
+    if math.isnan(seconds):
+        return "an unknown time"
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

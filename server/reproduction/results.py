@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
 from fedsmooth_core.certification.comparison import certified_at, radii_of
-from fedsmooth_core.certification.rows import read_rows
+from fedsmooth_core.certification.rows import read_parameters, read_rows
 from fedsmooth_core.config import RunConfig, to_flat
 from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import CertificationError
@@ -30,9 +30,11 @@ class ModelResult:
     radii: list[float | None]
     """Each image's certified radius in [0, 1] pixel units; None where the model is wrong or abstains."""
     rows_sha256: str
-    clean_accuracy: float
-    noisy_accuracy: float
-    """On all test images, one noise draw each at the noise level of training."""
+    clean_accuracy: float | None
+    noisy_accuracy: float | None
+    """On all test images, one noise draw each at the noise level of training; None if not known."""
+    idle_rounds: int
+    """Rounds that had too few good replies, so that the model stayed as it was."""
     train_seconds: float
     """Local training and what it waits for, over all rounds."""
     certify_seconds: float | None
@@ -80,6 +82,8 @@ class FigureResult:
     sigma: float
     """Noise level of the certified classifiers."""
     epsilon_255: float
+    fingerprints: list[str]
+    """Of the training and the test set."""
     settings: dict[str, Any]
     """Size of the federation, of training and of the certificates."""
     machine: dict[str, Any]
@@ -126,7 +130,7 @@ def gather(plan: FigurePlan, scale: str, data: str, command: str, log: Log) -> F
     """Collect what is finished of a figure.
 
     Raises:
-        CertificationError: when models of a figure were certified on different images.
+        CertificationError: when models of a figure were trained or certified on different images.
     """
     config = plan.config
     series, sessions = [], []
@@ -137,6 +141,7 @@ def gather(plan: FigurePlan, scale: str, data: str, command: str, log: Log) -> F
     }
     everyone = [member for members in done.values() for member in members]
     rows = [read_rows(member.certifying.rows) for member in everyone]
+    fingerprints = _fingerprints(everyone)
     radii = dict(zip(map(id, everyone), _radii(rows) if rows else [], strict=True))
     for one in plan.figure.series:
         models = []
@@ -153,6 +158,7 @@ def gather(plan: FigurePlan, scale: str, data: str, command: str, log: Log) -> F
         command=command,
         sigma=config.certified_sigma,
         epsilon_255=255 * config.attack.l2_budget,
+        fingerprints=fingerprints,
         settings=_settings(config),
         machine=_machine(sessions),
         series=series,
@@ -163,6 +169,23 @@ def _one_a_line(series: dict[str, Any]) -> str:
     head = json.dumps({key: value for key, value in series.items() if key != "models"})
     models = ",\n   ".join(json.dumps(model) for model in series["models"])
     return f'  {head.removesuffix("}")}, "models": [\n   {models}\n  ]}}'
+
+
+def _fingerprints(members: Sequence[Member]) -> list[str]:
+    """Return those of the training and the test set, which must be all members'."""
+    found = set()
+    for member in members:
+        trained_on = json.loads(member.training.checkpoint.with_suffix(".json").read_bytes())
+        certified_on = read_parameters(member.certifying.rows) or {}
+        found.add(
+            (trained_on["metadata"]["dataset"]["fingerprint"], str(certified_on.get("dataset")))
+        )
+    if len(found) > 1:
+        raise CertificationError(
+            f"{members[0].training.name} and other models of its figure are of different images: "
+            "reproduce each data set into a folder of its own with -o."
+        )
+    return list(min(found)) if found else []
 
 
 def _radii(rows: Sequence[Any]) -> list[list[float | None]]:
@@ -179,13 +202,12 @@ def _radii(rows: Sequence[Any]) -> list[list[float | None]]:
 def _model(
     member: Member, radii: list[float | None], sessions: list[dict[str, Any]], log: Log
 ) -> ModelResult:
-    attack = None
-    if member.attacking is not None and member.attacking.result.is_file():
-        attack = json.loads(member.attacking.result.read_bytes())["radii"]
+    attack = None if member.attacking is None else member.attacking.read()
     rounds = member.training.run_directory.read_metrics()
     return ModelResult(
         seed=member.seed,
         radii=radii,
+        idle_rounds=sum(not line.get("num_examples") for line in rounds),
         rows_sha256=rows_sha256(member.certifying.rows),
         clean_accuracy=rounds[-1]["clean-accuracy"],
         noisy_accuracy=rounds[-1]["noisy-accuracy"],

@@ -66,6 +66,11 @@ class SpeedUp:
     clients: int
     """Trained at once."""
 
+    def is_of(self, model: str, precision: str, attack_steps: int, num_noise_vectors: int) -> bool:
+        """Whether it was measured for this model and attack."""
+        found = (self.model, self.precision, self.attack_steps, self.num_noise_vectors)
+        return found == (model, precision, attack_steps, num_noise_vectors)
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, for :meth:`from_json`."""
         return asdict(self)
@@ -112,11 +117,25 @@ class SpeedMeasurement:
         return self.root / "speed.json"
 
     def work_left(self) -> int:
-        if self.path.is_file():
+        if self._is_done():
             return 0
         # Those of whole local training: the attack alone takes seconds, whatever the model.
         passes = sum(passes_of_round(plan_with(self.config, estimator)) for estimator in ESTIMATORS)
         return (1 + _PAIRS) * num_probed_clients(self.config) * passes
+
+    def _is_done(self) -> bool:
+        """Whether the file is there, whole, and of this model and attack."""
+        try:
+            found = SpeedUp.load(self.path)
+        except (OSError, ConfigError):
+            return False
+        config = self.config
+        return found.is_of(
+            config.model.name,
+            config.runtime.precision,
+            config.attack.attack_steps,
+            config.smoothing.num_noise_vectors,
+        )
 
     def run(self, console: Console) -> None:
         measure_speed(self.config, console).save(self.path)

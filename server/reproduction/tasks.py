@@ -1,13 +1,14 @@
 """What has to be done for a figure: train a model, certify it, attack it. Each continues where it was."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from fedsmooth_core.config import RunConfig, TrainingPlan
-from server.attacked import ATTACK, AttackTerms, attack_checkpoint
+from server.attacked import AttackTerms, attack_checkpoint
 from server.certify import certify_checkpoint
 from server.owed import ROWS, SUMMARY
 from server.run_directory import RunDirectory
@@ -63,12 +64,15 @@ class Training:
 
     def work_left(self) -> int:
         run, num_rounds = self.run_directory, self.config.federation.num_rounds
+        clients = 1 if self.is_centralized else self.config.cohort_size
+        of_round = clients * passes_of_round(self.config)
         if run.has_checkpoint(num_rounds):
-            return 0
+            # Where no round had good replies the final weights are the first ones: that is no model.
+            is_trained = any(line.get("num_examples") for line in run.read_metrics())
+            return 0 if is_trained else of_round
         every = self.config.federation.checkpoint_every
         kept = [done for done in range(0, num_rounds, every) if run.has_checkpoint(done)]
-        clients = 1 if self.is_centralized else self.config.cohort_size
-        return (num_rounds - max(kept, default=0)) * clients * passes_of_round(self.config)
+        return (num_rounds - max(kept, default=0)) * of_round
 
     def run(self, console: Console) -> None:
         # Imported here: Flower takes seconds, and to show a plan needs none of it.
@@ -86,6 +90,14 @@ class Training:
             run_centralized(config, console, observers)
         else:
             simulate(config, console, observers, progress.client_done)
+        self._keep_the_final_checkpoint()
+
+    def _keep_the_final_checkpoint(self) -> None:
+        """Drop those that were for an interruption: all figures of the paper are many models."""
+        for weights in self.run_directory.checkpoints.glob("*.safetensors"):
+            if weights != self.checkpoint:
+                weights.with_suffix(".json").unlink(missing_ok=True)
+                weights.unlink()
 
 
 @dataclass(frozen=True)
@@ -139,21 +151,40 @@ class Attacking:
     @property
     def result(self) -> Path:
         """The figures of the attack, once it is done."""
-        return self.certified.folder / ATTACK
+        return self.certified.folder / "attack-of-figure.json"
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """Return what was found at each radius; None while the model was not attacked on these terms."""
+        terms = self.terms
+        wanted = {"steps": terms.steps, "draws": terms.draws, "n": terms.n}
+        try:
+            content = json.loads(self.result.read_bytes())
+            found: list[dict[str, Any]] = content["radii"]
+            is_wanted = all(content["parameters"][key] == value for key, value in wanted.items())
+            radii = tuple(one["radius"] for one in found)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return found if is_wanted and radii == terms.radii else None
 
     def work_left(self) -> int:
-        if self.result.is_file():
+        if self.read() is not None:
             return 0
         terms = self.terms
         assert terms.radii is not None
         # Each step is a forward pass of every draw and a backward pass to the image.
         of_radius = terms.steps * terms.draws * 2 + terms.n
-        return terms.images * of_radius * sum(radius > 0 for radius in terms.radii)
+        images = min(terms.images, self.certified.config.certification.num_images or terms.images)
+        return images * of_radius * sum(radius > 0 for radius in terms.radii)
 
     def run(self, console: Console) -> None:
         certified = self.certified
         attack_checkpoint(
-            certified.model.checkpoint, certified.config, certified.rows, self.terms, console
+            certified.model.checkpoint,
+            certified.config,
+            certified.rows,
+            self.terms,
+            console,
+            self.result,
         )
 
 

@@ -1,6 +1,7 @@
 """How long the rest of a plan takes: measured on its finished tasks, or on a few steps before the first."""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -65,7 +66,12 @@ class Log:
 
 
 def seconds_left(tasks: Iterable[Task], rates: dict[str, float]) -> float:
-    """Estimate what tasks still take, given forward passes a second (``""``: of any category)."""
+    """Estimate what tasks still take, given forward passes a second (``""``: of any category).
+
+    NaN where nothing is known yet.
+    """
+    if not rates:
+        return math.nan
     return sum(task.work_left() / rates.get(task.category, rates[""]) for task in tasks)
 
 
