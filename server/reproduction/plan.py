@@ -1,6 +1,6 @@
 """From figures, a scale and seeds to the tasks that they need, models that they share once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,18 +99,13 @@ def make_plan(
     if num_seeds < 1:
         raise ConfigError(f"--seeds {num_seeds} trains nothing: allowed is 1 or more.")
     for override in overrides:
-        if override == "certification.num_images=1":
-            raise ConfigError(f"{override} compares nothing: allowed is 2 or more.")
         key = override.partition("=")[0].lstrip("+")
         if key in _FIXED or key.partition(".")[0] == "service":
             raise ConfigError(
                 f"{override} says what a curve is or where it goes, which the plan does itself: allowed "
                 "are settings that all curves share, such as dataset.root or training.momentum."
             )
-    trainings: dict[str, Training] = {}
-    return [
-        _figure_plan(figure, scale, num_seeds, overrides, root, trainings) for figure in figures
-    ]
+    return [_figure_plan(figure, scale, num_seeds, overrides, root) for figure in figures]
 
 
 def results_folder(root: Path, scale: str) -> Path:
@@ -124,21 +119,22 @@ def _figure_plan(
     num_seeds: int,
     overrides: Sequence[str],
     root: Path,
-    trainings: dict[str, Training],
 ) -> FigurePlan:
     # Composed once: to compose takes a tenth of a second, and all figures are many models.
     configs = {series: compose(_settings(series, scale, overrides)) for series in figure.series}
 
-    def members_of(seed: int, trainings: dict[str, Training]) -> list[Member]:
+    if any(config.certification.num_images == 1 for config in configs.values()):
+        raise ConfigError("certification.num_images=1 compares nothing: allowed is 2 or more.")
+
+    def members_of(seed: int) -> list[Member]:
         return [
-            _member(series, replace(config, seed=seed), root, trainings)
-            for series, config in configs.items()
+            _member(series, replace(config, seed=seed), root) for series, config in configs.items()
         ]
 
+    of_seeds = [members_of(seed) for seed in range(num_seeds)]
     # What is finished of further seeds is shown, too: to ask for fewer takes no result back.
-    while all(not member.certifying.work_left() for member in members_of(num_seeds, {})):
-        num_seeds += 1
-    of_seeds = [members_of(seed, trainings) for seed in range(num_seeds)]
+    while (more := _finished(members_of, len(of_seeds))) is not None:
+        of_seeds.append(more)
     labels = [series.label for series in figure.series]
     members = {label: [of_seed[i] for of_seed in of_seeds] for i, label in enumerate(labels)}
     speed = None
@@ -146,6 +142,15 @@ def _figure_plan(
         config = next(iter(members.values()))[0].certifying.config
         speed = SpeedMeasurement(config, results_folder(root, scale))
     return FigurePlan(figure, members, speed)
+
+
+def _finished(members_of: Callable[[int], list[Member]], seed: int) -> list[Member] | None:
+    """Return the members of a seed that nobody asked for, if all of them are there."""
+    try:
+        members = members_of(seed)
+    except ConfigError:  # of other settings: not these figures'
+        return None
+    return None if any(member.certifying.work_left() for member in members) else members
 
 
 def _settings(series: Series, scale: str, overrides: Sequence[str]) -> list[str]:
@@ -158,11 +163,8 @@ def _settings(series: Series, scale: str, overrides: Sequence[str]) -> list[str]
     ]
 
 
-def _member(
-    series: Series, as_figure: RunConfig, root: Path, trainings: dict[str, Training]
-) -> Member:
+def _member(series: Series, as_figure: RunConfig, root: Path) -> Member:
     training = _training(series, as_figure, root)
-    training = trainings.setdefault(training.name, training)
     certifying = Certifying(
         training, as_figure, root / "certificates" / training.name / _terms(as_figure)
     )

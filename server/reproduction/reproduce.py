@@ -75,9 +75,9 @@ def reproduce(
         # Statements across figures know all of them only now.
         for plan in plans:
             reproduction.report(plan)
-    page = root / "results.md"
-    write_atomically(page, page_of(root / "results").encode())
-    console.print(f"Written: {page}", soft_wrap=True, markup=False, highlight=False)
+        page = root / "results.md"
+        write_atomically(page, page_of(root / "results").encode())
+        console.print(f"Written: {page}", soft_wrap=True, markup=False, highlight=False)
     if failed:
         raise TrainingError(f"Failed, as said above: {', '.join(dict.fromkeys(failed))}.")
 
@@ -106,7 +106,8 @@ class _Reproduction:
                     continue
                 left = _tasks_left(plans)
                 remaining = _duration(seconds_left(left, self.log.rates() or rates))
-                self.console.rule(f"{len(left)} tasks left, about {remaining}: {task.title}")
+                self.console.rule(f"{_tasks(len(left))} left, about {remaining}")
+                self.console.print(task.title, soft_wrap=True, markup=False, highlight=False)
                 started = time.perf_counter()
                 try:
                     task.run(self.console)
@@ -172,11 +173,15 @@ def _show_plan(plans: Sequence[FigurePlan], rates: dict[str, float], console: Co
     seeds = len(next(iter(plans[0].members.values())))
     if left:
         console.print(
-            f"{seeds} seed(s) of each series: {len(left)} tasks left, about "
+            f"{seeds} seed{'s' if seeds > 1 else ''} of each series: {_tasks(len(left))} left, about "
             f"{_duration(seconds_left(left, rates))}."
         )
     else:
         console.print("Nothing is left to train or certify.")
+
+
+def _tasks(count: int) -> str:
+    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,19 @@ class SeriesResult:
 
     def outcomes(self, radius: float) -> NDArray[np.bool_]:
         """Return (seeds, images): which images are certified at ``radius``."""
-        return np.asarray(
-            [[found is not None and found >= radius for found in one.radii] for one in self.models]
-        )
+        return self._radii >= radius
 
     def certified_radii(self) -> NDArray[np.float64]:
         """Return (seeds, images): certified radii, 0 where a model is wrong or abstains."""
-        return np.asarray([[found or 0.0 for found in one.radii] for one in self.models])
+        return np.maximum(self._radii, 0.0)
+
+    @cached_property
+    def _radii(self) -> NDArray[np.float64]:
+        """Minus infinity where nothing is certified: not even at radius 0."""
+        return np.asarray(
+            [[-np.inf if r is None else r for r in one.radii] for one in self.models],
+            dtype=np.float64,
+        )
 
     @property
     def average_certified_radius(self) -> NDArray[np.float64]:
@@ -204,13 +211,14 @@ def _model(
 ) -> ModelResult:
     attack = None if member.attacking is None else member.attacking.read()
     rounds = member.training.run_directory.read_metrics()
+    last = rounds[-1] if rounds else {}
     return ModelResult(
         seed=member.seed,
         radii=radii,
         idle_rounds=sum(not line.get("num_examples") for line in rounds),
         rows_sha256=rows_sha256(member.certifying.rows),
-        clean_accuracy=rounds[-1]["clean-accuracy"],
-        noisy_accuracy=rounds[-1]["noisy-accuracy"],
+        clean_accuracy=last.get("clean-accuracy"),
+        noisy_accuracy=last.get("noisy-accuracy"),
         # Of the rounds, for what a killed process took is in no log.
         train_seconds=sum(one["seconds"]["train"] for one in rounds),
         certify_seconds=log.seconds_of(member.certifying.title),

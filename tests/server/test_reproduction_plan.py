@@ -651,7 +651,7 @@ def finish(member):
 def test_after_a_kill_what_is_left_is_the_plan(tmp_path, known_rate):
     text = shown(tmp_path, "fig3")
     assert left(text, SMOOTHADV).startswith("3 of 3 tasks")
-    assert "1 seed(s) of each series: 12 tasks left" in text
+    assert "1 seed of each series: 12 tasks left" in text
     members = members_of(ablation(tmp_path))
     finish(members[SMOOTHADV])
     members[SMOOTHADV].attacking.result.unlink()

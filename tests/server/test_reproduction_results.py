@@ -734,14 +734,14 @@ def test_a_figure_is_made_and_a_second_time_nothing_is_left(tmp_path, instant):
 def test_figures_share_models_and_speak_of_each_other(tmp_path, instant):
     run(tmp_path, "fig3")
     text = run(tmp_path, "fig4", "fig3")
-    assert "1 seed(s) of each series: 10 tasks left" in text
+    assert "1 seed of each series: 10 tasks left" in text
     assert text.count("Larger sigma is lower but wider (0.5 against 0.25") == 2
 
 
 def test_more_seeds_are_added_to_what_is_there(tmp_path, instant):
     run(tmp_path, "fig3")
     text = run(tmp_path, "fig3", num_seeds=3)
-    assert "3 seed(s) of each series: 16 tasks left" in text
+    assert "3 seeds of each series: 16 tasks left" in text
     assert text.count("3 seeds x 4 images") == 3
 
 
