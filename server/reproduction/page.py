@@ -168,7 +168,7 @@ def _of_certificates(result: FigureResult) -> str:
 
 
 def _of_machine(machine: dict[str, Any]) -> str:
-    cpus = ", ".join(str(name) for name in machine["cpu"])
+    cpus = ", ".join(str(name) for name in machine["cpu"] if name) or "a CPU without a name"
     count = ", ".join(str(number) for number in machine["cpu_count"])
     gpus = ", ".join(str(name) for name in machine["gpu"] if name)
     versions = "; ".join(
