@@ -77,7 +77,11 @@ def title(result: FigureResult) -> str:
         what = f"a stronger recipe, sigma {result.sigma:g}"
     else:
         what = f"sigma {result.sigma:g}, epsilon {result.epsilon_255:g}/255"
-    return f"{figure.number}: {what}; {result.data}, scale {result.scale}"
+    model = result.settings["model"]
+    on = (
+        result.data if model == "alexnet" else f"{result.data}, {model}"
+    )  # the paper's needs no name
+    return f"{figure.number}: {what}; {on}, scale {result.scale}"
 
 
 def _styles(result: FigureResult) -> dict[str, tuple[str, str]]:

@@ -16,10 +16,11 @@ from server.reproduction.results import FigureResult, SeriesResult
 
 
 def table_radii(result: FigureResult) -> list[float]:
-    """Return the radii of a figure's table: the grid's, up to the largest that can be certified."""
+    """Return the radii of a figure's table: sigma, and the grid's up to what can be certified."""
     step = result.settings["radius_step"]
     # Rounded so that 3 steps of 0.1 read 0.3.
-    return [round(i * step, 12) for i in range(int(result.largest_radius / step) + 1)]
+    grid = {round(i * step, 12) for i in range(int(result.largest_radius / step) + 1)}
+    return sorted(grid | {result.sigma})
 
 
 def print_figure(result: FigureResult, checks: Sequence[Check], console: Console) -> None:
@@ -60,19 +61,22 @@ def page_of(results: Path) -> str:
             path = folder / f"{name}.json"
             if path.is_file():
                 result = FigureResult.load(path)
-                found.append((result, checks_in(folder, result)))
+                found.append((folder, result, checks_in(folder, result)))
     verdicts = [
         _row([f"{_short(result)}", check.statement, f"**{check.verdict}**"])
-        for result, checks in found
+        for _, result, checks in found
         for check in checks
     ]
-    head = [_row(["", "Statement", "Measured"]), "|---|---|---|"]
-    figures = [markdown(result, checks) for result, checks in found]
+    head = [_row(["", "Statement", "Verdict"]), "|---|---|---|"]
+    figures = [
+        markdown(result, checks, f"{results.name}/{folder.name}")
+        for folder, result, checks in found
+    ]
     return "\n\n".join(["\n".join([*head, *verdicts]), *figures])
 
 
-def markdown(result: FigureResult, checks: Sequence[Check]) -> str:
-    """Return a figure's part of a results page, its picture named relative to the page."""
+def markdown(result: FigureResult, checks: Sequence[Check], pictures: str) -> str:
+    """Return a figure's part of a results page; ``pictures`` is their folder as the page names it."""
     header, rows = _table(result)
     settings, machine = result.settings, result.machine
     revisions = sorted(
@@ -85,7 +89,7 @@ def markdown(result: FigureResult, checks: Sequence[Check]) -> str:
     )
     parts = [
         f"### {title(result)}",
-        f"![{title(result)}](results/{result.scale}/{result.figure}.png)",
+        f"![{title(result)}]({pictures}/{result.figure}.png)",
         _row(["certified accuracy (%) at r", *header[1:]]) + "\n|---|" + "---:|" * len(header[1:]),
     ]
     parts[-1] += "".join("\n" + _row(row) for row in rows)
@@ -152,17 +156,23 @@ def _of_federation(settings: dict[str, Any]) -> str:
         f"{settings['cohort']} a round, {settings['num_rounds']} rounds of E = {settings['local_steps']} "
         f"mini-batches of B = {settings['batch_size']}; {settings['model']} ({settings['init']} "
         f"initialisation), SGD with learning rate {settings['learning_rate']:g}, momentum "
-        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g}; m = "
+        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g}, {settings['loss']} loss, "
+        f"{_augmentation(settings)}; m = "
         f"{settings['num_noise_vectors']}, T = {settings['attack_steps']}, {settings['step_rule']} steps"
         f"{'' if step is None else f' of {step:g}'}; {settings['training_precision']}."
     )
+
+
+def _augmentation(settings: dict[str, Any]) -> str:
+    used = [name for name in ("flip", "crop_padding") if settings[name]]
+    return f"augmented ({', '.join(used)})" if used else "no augmentation"
 
 
 def _of_certificates(result: FigureResult) -> str:
     settings = result.settings
     return (
         f"Certified at sigma {result.sigma:g} with n0 = {settings['n0']}, n = {settings['n']}, alpha = "
-        f"{settings['alpha']:g} ({settings['method']}) in {settings['certification_precision']}: no radius "
+        f"{settings['alpha']:g} in {settings['certification_precision']}: no radius "
         f"can exceed {result.largest_radius:.3f}."
     )
 

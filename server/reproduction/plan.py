@@ -27,8 +27,6 @@ _FIXED = {
     *("smoothing", "smoothing.sigma", "training"),
     *("partition", "partition.gamma", "partition.scheme"),
     *("certification.sigma", "certification.at_end", "certification.every"),
-    # The statements are about r = sigma, which need not be on the grid of sequential certification.
-    "certification.method",
 }
 
 
@@ -123,8 +121,14 @@ def _figure_plan(
     # Composed once: to compose takes a tenth of a second, and all figures are many models.
     configs = {series: compose(_settings(series, scale, overrides)) for series in figure.series}
 
-    if any(config.certification.num_images == 1 for config in configs.values()):
-        raise ConfigError("certification.num_images=1 compares nothing: allowed is 2 or more.")
+    for config in configs.values():
+        if config.certification.num_images == 1:
+            raise ConfigError("certification.num_images=1 compares nothing: allowed is 2 or more.")
+        if config.certification.method != "fixed":
+            raise ConfigError(
+                f"certification.method={config.certification.method} knows radii on a grid alone, but the "
+                "statements are about r = sigma: allowed is fixed."
+            )
 
     def members_of(seed: int) -> list[Member]:
         return [
@@ -260,6 +264,4 @@ def _terms(config: RunConfig) -> str:
         for key in ("n0", "alpha")
         if getattr(terms, key) != getattr(usual, key)
     ]
-    if terms.method != "fixed":
-        parts.append(f"{terms.method}-step{terms.radius_step:g}")
     return "-".join([*parts, terms.precision])

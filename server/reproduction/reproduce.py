@@ -5,20 +5,26 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fedsmooth_core.durable import try_lock, write_atomically
-from fedsmooth_core.errors import ConfigError, DataError, FedSmoothError, TrainingError
+from fedsmooth_core.errors import (
+    CertificationError,
+    ConfigError,
+    DataError,
+    FedSmoothError,
+    TrainingError,
+)
 from server.reproduction.checks import checks_in
 from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
 from server.reproduction.page import page_of, print_figure
 from server.reproduction.plan import FigurePlan, make_plan, results_folder
-from server.reproduction.results import FigureResult, gather
+from server.reproduction.results import FigureResult, gather, shared_settings
 from server.reproduction.tasks import Task
 from server.reproduction.timing import Log, measured_rate, seconds_left
 
@@ -50,6 +56,8 @@ def reproduce(
     overrides = [word for word in words if "=" in word]
     root = (root or Path("runs", f"reproduce-{scale}")).expanduser().resolve()
     plans = make_plan(figures_named(names), scale, num_seeds, overrides, root)
+    for plan in plans:
+        _refuse_other_results(plan, results_folder(root, scale))
     log = Log(root / "tasks.jsonl")
     rates = log.rates()
     if not rates and _tasks_left(plans):
@@ -71,15 +79,36 @@ def reproduce(
         reproduction = _Reproduction(
             scale, data or plans[0].config.dataset.name, folder, log, console
         )
-        failed = [title for plan in plans for title in reproduction.work(plan, plans, rates)]
+        for plan in plans:
+            reproduction.work(plan, plans, rates)
         # Statements across figures know all of them only now.
         for plan in plans:
             reproduction.report(plan)
         page = root / "results.md"
         write_atomically(page, page_of(root / "results").encode())
         console.print(f"Written: {page}", soft_wrap=True, markup=False, highlight=False)
-    if failed:
-        raise TrainingError(f"Failed, as said above: {', '.join(dict.fromkeys(failed))}.")
+    if reproduction.failed:
+        raise TrainingError(f"Failed, as said above: {', '.join(reproduction.failed)}.")
+
+
+def _refuse_other_results(plan: FigurePlan, folder: Path) -> None:
+    """Refuse to overwrite what was measured with other settings."""
+    path = folder / f"{plan.figure.name}.json"
+    try:
+        there = FigureResult.load(path).settings
+    except (OSError, CertificationError):  # none, or nothing that could be lost
+        return
+    wanted = shared_settings(plan.config)
+    different = [
+        f"{key}={wanted.get(key)} (was {there.get(key)})"
+        for key in wanted | there
+        if wanted.get(key) != there.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"{path} was measured with other settings, namely {', '.join(different)}: leave these as they "
+            "were, or name another folder with -o."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,21 +118,21 @@ class _Reproduction:
     folder: Path
     log: Log
     console: Console
+    failed: list[str] = field(default_factory=list)
+    """Titles of tasks that failed in this process."""
 
-    def work(
-        self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]
-    ) -> list[str]:
+    def work(self, plan: FigurePlan, plans: Sequence[FigurePlan], rates: dict[str, float]) -> None:
         """Do what is left of a figure; its picture and numbers are kept up to date as models finish.
 
-        Returns:
-            The tasks that failed. What needs them is not begun; everything else goes on.
+        What needs a task that failed is not begun; everything else goes on.
         """
-        failed = []
         for chain in plan.chains:
             for task in chain:
                 work = task.work_left()
                 if not work:
                     continue
+                if task.title in self.failed:  # for another figure
+                    break
                 left = _tasks_left(plans)
                 remaining = _duration(seconds_left(left, self.log.rates() or rates))
                 self.console.rule(f"{_tasks(len(left))} left, about {remaining}")
@@ -111,15 +140,16 @@ class _Reproduction:
                 started = time.perf_counter()
                 try:
                     task.run(self.console)
-                except FedSmoothError as error:  # such as training that diverged: others may not
+                # Such as training that diverged, or a full GPU: the others may not.
+                except Exception as error:
+                    what = str(error) if isinstance(error, FedSmoothError) else repr(error)
                     self.console.print(
-                        f"Failed: {task.title}: {error}", soft_wrap=True, markup=False
+                        f"Failed: {task.title}: {what}", soft_wrap=True, markup=False
                     )
-                    failed.append(task.title)
+                    self.failed.append(task.title)
                     break
                 self.log.append(task, work, time.perf_counter() - started)
                 self._keep(plan)
-        return failed
 
     def report(self, plan: FigurePlan) -> None:
         """Print a figure's table and checks, and say where its picture and numbers are."""

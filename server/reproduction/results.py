@@ -91,6 +91,7 @@ class FigureResult:
     epsilon_255: float
     fingerprints: list[str]
     """Of the training and the test set."""
+    num_classes: int
     settings: dict[str, Any]
     """Size of the federation, of training and of the certificates."""
     machine: dict[str, Any]
@@ -166,7 +167,8 @@ def gather(plan: FigurePlan, scale: str, data: str, command: str, log: Log) -> F
         sigma=config.certified_sigma,
         epsilon_255=255 * config.attack.l2_budget,
         fingerprints=fingerprints,
-        settings=_settings(config),
+        num_classes=_num_classes(everyone),
+        settings=shared_settings(config),
         machine=_machine(sessions),
         series=series,
     )
@@ -182,17 +184,26 @@ def _fingerprints(members: Sequence[Member]) -> list[str]:
     """Return those of the training and the test set, which must be all members'."""
     found = set()
     for member in members:
-        trained_on = json.loads(member.training.checkpoint.with_suffix(".json").read_bytes())
         certified_on = read_parameters(member.certifying.rows) or {}
-        found.add(
-            (trained_on["metadata"]["dataset"]["fingerprint"], str(certified_on.get("dataset")))
-        )
+        trained_on = str(_sidecar(member)["dataset"]["fingerprint"])
+        found.add((trained_on, str(certified_on.get("dataset"))))
     if len(found) > 1:
         raise CertificationError(
             f"{members[0].training.name} and other models of its figure are of different images: "
             "reproduce each data set into a folder of its own with -o."
         )
     return list(min(found)) if found else []
+
+
+def _num_classes(members: Sequence[Member]) -> int:
+    """Return that of the first model, or 0 where there is none: all are of the same images."""
+    return int(_sidecar(members[0])["model"]["num_classes"]) if members else 0
+
+
+def _sidecar(member: Member) -> dict[str, Any]:
+    content = json.loads(member.training.checkpoint.with_suffix(".json").read_bytes())
+    metadata: dict[str, Any] = content["metadata"]
+    return metadata
 
 
 def _radii(rows: Sequence[Any]) -> list[list[float | None]]:
@@ -233,7 +244,8 @@ def _differences(config: RunConfig, reference: RunConfig) -> list[str]:
     return [f"{key.replace('-', '_')}={mine.get(key, 'null')}" for key in keys]
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """Return, by name, what all curves of all figures in one folder of results share."""
     partition, training, terms = config.partition, config.training, config.certification
     return {
         "model": config.model.name,
@@ -251,11 +263,16 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "attack_steps": config.attack.attack_steps,
         "step_rule": config.attack.step_rule,
         "step_size": config.attack.step_size,
+        "variance_reduction": config.attack.variance_reduction,
+        "loss": training.loss,
+        "flip": config.dataset.flip,
+        "crop_padding": config.dataset.crop_padding,
+        "aggregation": config.aggregation.rule,
+        "num_images": terms.num_images,
         "training_precision": config.runtime.precision,
         "n0": terms.n0,
         "n": terms.n,
         "alpha": terms.alpha,
-        "method": terms.method,
         "certification_precision": terms.precision,
         "radius_step": terms.radius_step,
     }

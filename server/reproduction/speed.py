@@ -21,6 +21,7 @@ from fedsmooth_core.attack import smoothadv_attack
 from fedsmooth_core.certification.comparison import Ratio, ratio_interval
 from fedsmooth_core.cohort.trainer import arithmetic
 from fedsmooth_core.config import RunConfig, TrainingPlan
+from fedsmooth_core.device import choose_device
 from fedsmooth_core.durable import write_atomically
 from fedsmooth_core.errors import ConfigError
 from fedsmooth_core.estimators import make_estimator
@@ -130,7 +131,8 @@ class SpeedMeasurement:
         except (OSError, ConfigError):
             return False
         config = self.config
-        return found.is_of(
+        is_here = (found.device == "cpu") == (choose_device(config.runtime.device).type == "cpu")
+        return is_here and found.is_of(
             config.model.name,
             config.runtime.precision,
             config.attack.attack_steps,

@@ -119,8 +119,17 @@ class Certifying:
         """The finished rows."""
         return self.folder / ROWS
 
+    def _is_done(self) -> bool:
+        """Whether the summary is there, which comes last, and of these weights."""
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_bytes())
+            weights = json.loads(self.model.checkpoint.with_suffix(".json").read_bytes())["sha256"]
+            return bool(summary["parameters"]["weights"] == weights)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
     def work_left(self) -> int:
-        if (self.folder / SUMMARY).is_file():
+        if self._is_done():
             return 0
         terms = self.config.certification
         # Lines, not rows: a file may be empty or its last line torn by a crash, until it is continued.

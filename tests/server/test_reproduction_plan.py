@@ -88,8 +88,14 @@ def one_member(root, *overrides):
 def touch_checkpoint(training, server_round):
     path = training.run_directory.checkpoint(server_round)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for ending in (".safetensors", ".json"):
-        path.with_suffix(ending).touch()
+    path.touch()
+    path.with_suffix(".json").write_text(json.dumps({"sha256": "of weights"}))
+
+
+def leave_summary(certifying):
+    """Leave what is written last of the certificates of those weights."""
+    summary = {"parameters": {"weights": "of weights"}}
+    (certifying.folder / "summary.json").write_text(json.dumps(summary))
 
 
 def leave_metrics(training, num_examples=500):
@@ -350,7 +356,6 @@ def test_what_cannot_be_asked_for_is_one_sentence(tmp_path, console, words, scal
         "training=centralized",
         "certification.sigma=0.5",
         "certification.at_end=true",
-        "certification.method=sequential",
         "certification.every=1",
         "service.address=127.0.0.1:1",
         "run_dir=x",
@@ -559,7 +564,9 @@ def test_the_work_of_a_certification_falls_with_its_rows(tmp_path):
         assert task.work_left() == (500 - done) * of_image
     task.rows.write_text(header + "0\t1\t1\t0.5\t1\t0.1\n" * 500)
     assert task.work_left() == of_image  # the summary is missing
-    (task.folder / "summary.json").touch()
+    leave_summary(task)
+    assert task.work_left() > 0  # certificates of weights that are not there
+    touch_checkpoint(task.model, 20)
     assert task.work_left() == 0
 
 
@@ -644,7 +651,7 @@ def finish(member):
     touch_checkpoint(member.training, 20)
     leave_metrics(member.training)
     member.certifying.folder.mkdir(parents=True, exist_ok=True)
-    (member.certifying.folder / "summary.json").touch()
+    leave_summary(member.certifying)
     leave_attack(member.attacking)
 
 
@@ -669,11 +676,21 @@ def test_after_a_kill_what_is_left_is_the_plan(tmp_path, known_rate):
     assert "Nothing is left to train or certify." in shown(tmp_path, "fig3")
 
 
+def test_what_would_compare_nothing_is_refused(tmp_path):
+    for override, said in [
+        ("certification.num_images=1", "compares nothing"),
+        ("certification.method=sequential", "radii on a grid alone"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            make_plan([FIGURES["fig1"]], "cpu", 1, [override], tmp_path)
+
+
 def test_seeds_that_are_done_belong_to_the_figure_whatever_number_is_asked_for(tmp_path):
     for members in ablation(tmp_path, num_seeds=2).members.values():
         for member in members:
+            touch_checkpoint(member.training, 20)
             member.certifying.folder.mkdir(parents=True)
-            (member.certifying.folder / "summary.json").touch()
+            leave_summary(member.certifying)
     seeds = [member.seed for member in ablation(tmp_path).members[NOISE]]
     assert seeds == [0, 1]
     # A seed of which a curve is missing is not shown, for curves are compared seed by seed.
