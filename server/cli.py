@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="NAME", help="what to call the data set in the results"
     )
     reproduce.add_argument(
-        "--plan", action="store_true", help="show what is left and how long it takes; do nothing"
+        "--plan", action="store_true", help="only show what is left and how long it takes"
     )
     certify = command("certify", _certify, "Certify a checkpoint; continues an interrupted file.")
     certify.add_argument("checkpoint", type=Path, help="a .safetensors file or a run directory")
