@@ -1,8 +1,9 @@
 """From figures, a scale and seeds to the tasks that they need, models that they share once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedsmooth_core.config import CertificationConfig, RunConfig, Scalar, to_flat
 from fedsmooth_core.errors import ConfigError
@@ -210,15 +211,24 @@ def _training(series: Series, as_figure: RunConfig, root: Path) -> Training:
 def _refuse_other_model(config: RunConfig, folder: Path) -> None:
     """Refuse a model that is there, finished or not, but that was begun with other settings."""
     wanted, there = _of_training(config), _of_training(load(folder))
+    refuse_differences(wanted, there, f"{folder} holds a model that was trained")
+
+
+def refuse_differences(wanted: Mapping[str, Any], there: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on with what is there, if any of its settings is another than is wanted.
+
+    Raises:
+        ConfigError: ``what`` "with other settings", and which they are.
+    """
     different = [
         f"{key.replace('-', '_')}={wanted.get(key, 'null')} (was {there.get(key, 'null')})"
-        for key in wanted | there
+        for key in {**wanted, **there}
         if wanted.get(key) != there.get(key)
     ]
     if different:
         raise ConfigError(
-            f"{folder} holds a model that was trained with other settings, namely "
-            f"{', '.join(different)}: leave these as they were, or name another folder with -o."
+            f"{what} with other settings, namely {', '.join(different)}: leave these as they were, or "
+            "name another folder with -o."
         )
 
 

@@ -23,7 +23,7 @@ from server.reproduction.checks import checks_in
 from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
 from server.reproduction.page import page_of, print_figure
-from server.reproduction.plan import FigurePlan, make_plan, results_folder
+from server.reproduction.plan import FigurePlan, make_plan, refuse_differences, results_folder
 from server.reproduction.results import FigureResult, gather, shared_settings
 from server.reproduction.tasks import Task
 from server.reproduction.timing import Log, measured_rate, seconds_left
@@ -98,17 +98,7 @@ def _refuse_other_results(plan: FigurePlan, folder: Path) -> None:
         there = FigureResult.load(path).settings
     except (OSError, CertificationError):  # none, or nothing that could be lost
         return
-    wanted = shared_settings(plan.config)
-    different = [
-        f"{key}={wanted.get(key)} (was {there.get(key)})"
-        for key in wanted | there
-        if wanted.get(key) != there.get(key)
-    ]
-    if different:
-        raise ConfigError(
-            f"{path} was measured with other settings, namely {', '.join(different)}: leave these as they "
-            "were, or name another folder with -o."
-        )
+    refuse_differences(shared_settings(plan.config), there, f"{path} was measured")
 
 
 @dataclass(frozen=True)
