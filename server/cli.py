@@ -108,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     )
     reproduce.set_defaults(more="words")
     reproduce.add_argument(
-        "--scale", default="paper", help="paper (wants a GPU; the default), or cpu: smaller"
+        "--scale",
+        default="paper",
+        help="paper (wants a GPU; the default), cpu: smaller, or cpu-long: that for 150 rounds",
     )
     reproduce.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="models of each curve (3)"

@@ -142,10 +142,11 @@ def test_a_figure_has_the_papers_noise_and_budget_and_one_kind_of_certificates(
     assert plan.config.certified_sigma == sigma
 
 
-def test_the_papers_scale_is_the_papers_and_the_smaller_one_is_as_documented(planned):
+def test_the_papers_scale_is_the_papers_and_the_smaller_ones_are_as_documented(planned):
     for scale, num_clients, cohort, num_rounds, n in (
         ("paper", 1000, 100, 150, 100_000),
         ("cpu", 100, 10, 20, 1000),
+        ("cpu-long", 100, 10, 150, 1000),
     ):
         config = members_of(planned("fig1", scale))[FEDERATED].training.config
         assert config.partition.num_clients == num_clients
@@ -325,7 +326,7 @@ def test_figures_are_named_in_any_number_each_once():
         (["seed=1"], "cpu", 1, "Which figure?"),
         (["fig3"], "cpu", 0, "--seeds 0 trains nothing: allowed is 1 or more."),
         (["fig3"], "cpu", -1, "--seeds -1 trains nothing"),
-        (["fig3"], "gpu", 1, "--scale gpu is unknown: allowed are paper, cpu."),
+        (["fig3"], "gpu", 1, "--scale gpu is unknown: allowed are paper, cpu, cpu-long."),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_sentence(tmp_path, console, words, scale, num_seeds, said):
