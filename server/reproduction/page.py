@@ -62,17 +62,22 @@ def page_of(results: Path) -> str:
             if path.is_file():
                 result = FigureResult.load(path)
                 found.append((folder, result, checks_in(folder, result)))
-    verdicts = [
-        _row([f"{_short(result)}", check.statement, f"**{check.verdict}**"])
-        for _, result, checks in found
-        for check in checks
+    # A statement about two figures is one of both: it is said once, under both names.
+    verdicts: dict[tuple[str, ...], list[str]] = {}
+    for _, result, checks in found:
+        for check in checks:
+            key = (result.scale, check.statement, check.verdict, *check.measured)
+            verdicts.setdefault(key, []).append(FIGURES[result.figure].number)
+    rows = [
+        _row([f"{', '.join(numbers)}; {scale}", statement, f"**{verdict}**"])
+        for (scale, statement, verdict, *_), numbers in verdicts.items()
     ]
     head = [_row(["", "Statement", "Verdict"]), "|---|---|---|"]
     figures = [
         markdown(result, checks, f"{results.name}/{folder.name}")
         for folder, result, checks in found
     ]
-    return "\n\n".join(["\n".join([*head, *verdicts]), *figures])
+    return "\n\n".join(["\n".join([*head, *rows]), *figures])
 
 
 def markdown(result: FigureResult, checks: Sequence[Check], pictures: str) -> str:
@@ -187,10 +192,6 @@ def _of_machine(machine: dict[str, Any]) -> str:
         if one
     )
     return f"{cpus}, {count} cores, {gpus or 'no GPU'}, {versions}"
-
-
-def _short(result: FigureResult) -> str:
-    return f"{FIGURES[result.figure].number}, {result.scale}"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -972,10 +972,13 @@ def test_a_page_has_all_figures_of_all_scales_in_the_papers_order(tmp_path):
         "### Beyond the paper",
     ]
     verdicts = text.partition("### ")[0]
-    assert "| Figure 1, cpu | Gamma makes no difference (within 5 points) | **holds** |" in verdicts
-    assert "| Beyond the paper, paper | The recipe certifies more" in verdicts
+    assert "| Figure 1; cpu | Gamma makes no difference (within 5 points) | **holds** |" in verdicts
+    assert "| Beyond the paper; paper | The recipe certifies more" in verdicts
     for result in (comparison(), ablation(), recipe((0.4, 0.5))):
         for check in checks_of(result, [], None):
             assert f" | {check.statement} | **{check.verdict}** |" in verdicts
-    assert verdicts.count("Larger sigma is lower but wider") == 3
+    # A statement about several figures: said once in the overview, and under each of them.
+    assert verdicts.count("Larger sigma is lower but wider") == 1
+    assert "| Figure 1, Figure 3, Figure 2; cpu | Larger sigma is lower but wider" in verdicts
+    assert text.count("Larger sigma is lower but wider") == 1 + 3
     assert page_of(tmp_path / "nowhere").count("\n") == 1
