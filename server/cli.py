@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "pip install -c constraints.txt -e '.[server]'."
         )
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted: run_dir=... resume=true continues a run.")
+        Console(stderr=True).print(
+            "Interrupted: a run goes on with run_dir=... resume=true; what certifies or reproduces, with "
+            "the same command.",
+            soft_wrap=True,
+        )
         sys.exit(130)
 
 

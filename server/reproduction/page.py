@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsmooth_core.errors import CertificationError
 from server.reproduction.checks import Check, checks_in
 from server.reproduction.drawing import title
 from server.reproduction.figures import FIGURES
@@ -52,15 +53,18 @@ def page_of(results: Path) -> str:
     Args:
         results: holds a folder for each scale. The page's pictures are named relative to its parent.
 
-    Raises:
-        CertificationError: when a file in it is damaged.
+    A damaged file is left out, and said to be.
     """
-    found = []
+    found, damaged = [], []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         for name in FIGURES:
             path = folder / f"{name}.json"
             if path.is_file():
-                result = FigureResult.load(path)
+                try:
+                    result = FigureResult.load(path)
+                except CertificationError as error:  # no reason to keep the others from their page
+                    damaged.append(str(error))
+                    continue
                 found.append((folder, result, checks_in(folder, result)))
     # A statement about two figures is one of both: it is said once, under both names.
     verdicts: dict[tuple[str, ...], list[str]] = {}
@@ -77,7 +81,7 @@ def page_of(results: Path) -> str:
         markdown(result, checks, f"{results.name}/{folder.name}")
         for folder, result, checks in found
     ]
-    return "\n\n".join(["\n".join([*head, *rows]), *figures])
+    return "\n\n".join(["\n".join([*head, *rows]), *damaged, *figures])
 
 
 def markdown(result: FigureResult, checks: Sequence[Check], pictures: str) -> str:
@@ -99,7 +103,9 @@ def markdown(result: FigureResult, checks: Sequence[Check], pictures: str) -> st
     ]
     parts[-1] += "".join("\n" + _row(row) for row in rows)
     parts.append(
-        "Means over seeds, with their standard deviation; ACR is the average certified radius."
+        "Means over seeds, with their standard deviation; ACR is the average certified radius. The band of "
+        "a curve is from its lowest to its highest seed. Training is the time of local training, with "
+        "whatever else the machine did then: no comparison of the estimators' speed."
     )
     if different := [
         f"- {one.label}: `{' '.join(one.settings)}`" for one in result.series if one.settings

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
 from fedsmooth_core.config import CertificationConfig, RunConfig, Scalar, to_flat
 from fedsmooth_core.errors import ConfigError
 from server.attacked import AttackTerms
@@ -17,6 +18,7 @@ SCALES = ("paper", *sorted(path.stem for path in (CONF / "scale").glob("*.yaml")
 """``paper`` is the size that the experiments are written in; the others are files of conf/scale."""
 
 _CENTRALIZED_BATCH = 60
+_MOST_RADII = 1000  # of a summary's table
 _CHECKPOINT_EVERY = 5
 _ATTACK = {"steps": 10, "draws": 8, "n": 500, "images": 100}
 
@@ -123,13 +125,7 @@ def _figure_plan(
     configs = {series: compose(_settings(series, scale, overrides)) for series in figure.series}
 
     for config in configs.values():
-        if config.certification.num_images == 1:
-            raise ConfigError("certification.num_images=1 compares nothing: allowed is 2 or more.")
-        if config.certification.method != "fixed":
-            raise ConfigError(
-                f"certification.method={config.certification.method} knows radii on a grid alone, but the "
-                "statements are about r = sigma: allowed is fixed."
-            )
+        _refuse_terms(config)
 
     def members_of(seed: int) -> list[Member]:
         return [
@@ -147,6 +143,24 @@ def _figure_plan(
         config = next(iter(members.values()))[0].certifying.config
         speed = SpeedMeasurement(config, results_folder(root, scale))
     return FigurePlan(figure, members, speed)
+
+
+def _refuse_terms(config: RunConfig) -> None:
+    """Refuse certificates that could not be compared, before a model is trained for them."""
+    terms = config.certification
+    if terms.num_images == 1:
+        raise ConfigError("certification.num_images=1 compares nothing: allowed is 2 or more.")
+    if terms.method != "fixed":
+        raise ConfigError(
+            f"certification.method={terms.method} knows radii on a grid alone, but the statements are "
+            "about r = sigma: allowed is fixed."
+        )
+    largest = certified_radius(p_a_lower(terms.n, terms.n, terms.alpha), config.certified_sigma)
+    if largest / terms.radius_step >= _MOST_RADII:
+        raise ConfigError(
+            f"certification.radius_step={terms.radius_step:g} is too small for radii up to {largest:.3g}: "
+            f"allowed is a step that makes fewer than {_MOST_RADII} of them."
+        )
 
 
 def _finished(members_of: Callable[[int], list[Member]], seed: int) -> list[Member] | None:
@@ -214,11 +228,14 @@ def _refuse_other_model(config: RunConfig, folder: Path) -> None:
     refuse_differences(wanted, there, f"{folder} holds a model that was trained")
 
 
-def refuse_differences(wanted: Mapping[str, Any], there: Mapping[str, Any], what: str) -> None:
+def refuse_differences(
+    wanted: Mapping[str, Any], there: Mapping[str, Any], what: str, way_out: str = ""
+) -> None:
     """Refuse to go on with what is there, if any of its settings is another than is wanted.
 
     Raises:
-        ConfigError: ``what`` "with other settings", and which they are.
+        ConfigError: ``what`` "with other settings", which they are, and what to do: ``way_out`` is what
+            else can be done.
     """
     different = [
         f"{key.replace('-', '_')}={wanted.get(key, 'null')} (was {there.get(key, 'null')})"
@@ -227,8 +244,8 @@ def refuse_differences(wanted: Mapping[str, Any], there: Mapping[str, Any], what
     ]
     if different:
         raise ConfigError(
-            f"{what} with other settings, namely {', '.join(different)}: leave these as they were, or "
-            "name another folder with -o."
+            f"{what} with other settings, namely {', '.join(different)}: leave these as they were, "
+            f"{way_out}or name another folder with -o."
         )
 
 
@@ -239,6 +256,9 @@ def _of_training(config: RunConfig) -> dict[str, Scalar]:
     settings |= {
         "federation.num-rounds": federation.num_rounds,
         "federation.cohort-fraction": federation.cohort_fraction,
+        "federation.over-selection": federation.over_selection,
+        "federation.quorum": federation.quorum,
+        "federation.max-num-examples": federation.max_num_examples or "null",
         "runtime.precision": config.runtime.precision,
     }
     # Where the images are is a fact of the machine.

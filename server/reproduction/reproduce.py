@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,12 @@ from server.reproduction.drawing import draw
 from server.reproduction.figures import figures_named
 from server.reproduction.page import page_of, print_figure
 from server.reproduction.plan import FigurePlan, make_plan, refuse_differences, results_folder
-from server.reproduction.results import FigureResult, gather, shared_settings
+from server.reproduction.results import (
+    FigureResult,
+    gather,
+    refuse_other_data,
+    shared_settings,
+)
 from server.reproduction.tasks import Task
 from server.reproduction.timing import Log, measured_rate, seconds_left
 
@@ -57,12 +61,13 @@ def reproduce(
     root = (root or Path("runs", f"reproduce-{scale}")).expanduser().resolve()
     plans = make_plan(figures_named(names), scale, num_seeds, overrides, root)
     for plan in plans:
-        _refuse_other_results(plan, results_folder(root, scale))
+        _refuse_to_lose_results(plan, results_folder(root, scale))
     log = Log(root / "tasks.jsonl")
     rates = log.rates()
-    if not rates and _tasks_left(plans):
+    if _tasks_left(plans):
         try:
-            rates = {"": measured_rate(plans[0].config)}
+            refuse_other_data(plans)
+            rates = rates or {"": measured_rate(plans[0].config)}
         except DataError:
             if not only_plan:
                 raise
@@ -76,9 +81,7 @@ def reproduce(
             raise ConfigError(
                 f"Another process works in {root}: wait until it ends, or name another folder with -o."
             )
-        reproduction = _Reproduction(
-            scale, data or plans[0].config.dataset.name, folder, log, console
-        )
+        reproduction = _Reproduction(scale, data, overrides, folder, log, console)
         for plan in plans:
             reproduction.work(plan, plans, rates)
         # Statements across figures know all of them only now.
@@ -91,20 +94,49 @@ def reproduce(
         raise TrainingError(f"Failed, as said above: {', '.join(reproduction.failed)}.")
 
 
-def _refuse_other_results(plan: FigurePlan, folder: Path) -> None:
-    """Refuse to overwrite what was measured with other settings."""
+def _refuse_to_lose_results(plan: FigurePlan, folder: Path) -> None:
+    """Refuse to overwrite what was measured with other settings, or of models that are gone."""
     path = folder / f"{plan.figure.name}.json"
-    try:
-        there = FigureResult.load(path).settings
-    except (OSError, CertificationError):  # none, or nothing that could be lost
+    there = _recorded(path)
+    if there is None:
         return
-    refuse_differences(shared_settings(plan.config), there, f"{path} was measured")
+    # The step of the table's radii is no setting of what was measured.
+    mine, theirs = (
+        {key: value for key, value in settings.items() if key != "radius_step"}
+        for settings in (shared_settings(plan.config), there.settings)
+    )
+    keeping = "move that file away (models and certificates stay), "
+    refuse_differences(mine, theirs, f"{path} was measured", keeping)
+    certified = {
+        (label, member.seed)
+        for label, members in plan.members.items()
+        for member in members
+        if not member.certifying.work_left()
+    }
+    for one in there.series:
+        for model in one.models:
+            if (one.label, model.seed) not in certified:
+                raise ConfigError(
+                    f"{path} shows a model that would be lost ({one.label}, seed {model.seed}), for its "
+                    "certificates are not there or not of the seeds asked for: put them back, give --seeds "
+                    f"{model.seed + 1} or more, or move that file away."
+                )
+
+
+def _recorded(path: Path) -> FigureResult | None:
+    """Return the results in a file; None if there are none, or nothing that could be lost."""
+    try:
+        return FigureResult.load(path)
+    except (OSError, CertificationError):
+        return None
 
 
 @dataclass(frozen=True)
 class _Reproduction:
     scale: str
-    data: str
+    data: str | None
+    """What to call the data set; None leaves a name that was given before."""
+    overrides: Sequence[str]
     folder: Path
     log: Log
     console: Console
@@ -132,7 +164,10 @@ class _Reproduction:
                     task.run(self.console)
                 # Such as training that diverged, or a full GPU: the others may not.
                 except Exception as error:
-                    what = str(error) if isinstance(error, FedSmoothError) else repr(error)
+                    what = str(error)
+                    if not isinstance(error, FedSmoothError):
+                        what = repr(error)
+                        self.console.print_exception()
                     self.console.print(
                         f"Failed: {task.title}: {what}", soft_wrap=True, markup=False
                     )
@@ -145,7 +180,7 @@ class _Reproduction:
         """Print a figure's table and checks, and say where its picture and numbers are."""
         result = self._keep(plan)
         if result is None:
-            self.console.print(f"{plan.figure.name}: none of its models could be trained.")
+            self.console.print(f"{plan.figure.name}: none of its models is certified yet.")
             return
         self.console.rule()
         print_figure(result, checks_in(self.folder, result), self.console)
@@ -155,13 +190,23 @@ class _Reproduction:
 
     def _keep(self, plan: FigurePlan) -> FigureResult | None:
         """Write what is known of a figure so far; None if no model is certified yet."""
-        command = f"fedsmooth {shlex.join(sys.argv[1:])}"
-        result = gather(plan, self.scale, self.data, command, self.log)
+        path = self.folder / f"{plan.figure.name}.json"
+        there = _recorded(path)
+        data = self.data or (there.data if there else plan.config.dataset.name)
+        result = gather(plan, self.scale, data, self._command(plan, data), self.log)
         if not any(one.models for one in result.series):
             return None
-        result.save(self.folder / f"{result.figure}.json")
+        result.save(path)
         draw(result, self.folder / result.figure)
         return result
+
+    def _command(self, plan: FigurePlan, data: str) -> str:
+        """Return what makes this figure from nothing, whatever number of commands made it."""
+        seeds = len(next(iter(plan.members.values())))
+        words = ["reproduce", plan.figure.name, "--scale", self.scale, "--seeds", str(seeds)]
+        if data != plan.config.dataset.name:
+            words += ["--data", data]
+        return f"fedsmooth {shlex.join([*words, *self.overrides])}"
 
 
 def _tasks_left(plans: Sequence[FigurePlan]) -> list[Task]:
@@ -172,30 +217,28 @@ def _tasks_left(plans: Sequence[FigurePlan]) -> list[Task]:
 
 def _show_plan(plans: Sequence[FigurePlan], rates: dict[str, float], console: Console) -> None:
     """Show what each figure still needs; what an earlier line of the table names is not said again."""
-    table = Table("figure", "series", "left to do", "takes about", title_justify="left", box=None)
+    columns = ("figure", "seeds", "series", "left to do", "takes about")
+    table = Table(*columns, title_justify="left", box=None)
     said: set[str] = set()
     for plan in plans:
-        name = plan.figure.name
+        name, seeds = plan.figure.name, str(len(next(iter(plan.members.values()))))
         for label, members in plan.members.items():
             tasks = [task for member in members for task in member.tasks]
             left = [task for task in tasks if task.work_left() and task.title not in said]
             said |= {task.title for task in left}
             text = f"{len(left)} of {len(tasks)} tasks" if left else "nothing"
-            table.add_row(name, label, text, _duration(seconds_left(left, rates)) if left else "")
-            name = ""
+            duration = _duration(seconds_left(left, rates)) if left else ""
+            table.add_row(name, seeds, label, text, duration)
+            name = seeds = ""
         if plan.speed and plan.speed.work_left() and plan.speed.title not in said:
             said.add(plan.speed.title)
             table.add_row(
-                "", plan.speed.title, "1 task", _duration(seconds_left([plan.speed], rates))
+                "", "", plan.speed.title, "1 task", _duration(seconds_left([plan.speed], rates))
             )
     console.print(table)
     left = _tasks_left(plans)
-    seeds = len(next(iter(plans[0].members.values())))
     if left:
-        console.print(
-            f"{seeds} seed{'s' if seeds > 1 else ''} of each series: {_tasks(len(left))} left, about "
-            f"{_duration(seconds_left(left, rates))}."
-        )
+        console.print(f"{_tasks(len(left))} left, about {_duration(seconds_left(left, rates))}.")
     else:
         console.print("Nothing is left to train or certify.")
 

@@ -1,6 +1,7 @@
 """What was measured for a figure, as one small JSON file: everything its picture and checks are made of."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from fedsmooth_core.certification.bounds import certified_radius, p_a_lower
 from fedsmooth_core.certification.comparison import certified_at, radii_of
 from fedsmooth_core.certification.rows import read_parameters, read_rows
+from fedsmooth_core.certification.subset import subset_indices
 from fedsmooth_core.config import RunConfig, to_flat
+from fedsmooth_core.data import load_dataset
 from fedsmooth_core.durable import write_atomically
-from fedsmooth_core.errors import CertificationError
+from fedsmooth_core.errors import CertificationError, ConfigError
 from server.report import rows_sha256
 from server.reproduction.plan import FigurePlan, Member
 from server.reproduction.timing import Log
@@ -123,6 +126,8 @@ class FigureResult:
         """
         try:
             content = json.loads(path.read_bytes())
+            if not shared_settings(RunConfig()).keys() <= content["settings"].keys():
+                raise ValueError("settings are missing")
             series = [
                 SeriesResult(**{**one, "models": [ModelResult(**model) for model in one["models"]]})
                 for one in content.pop("series")
@@ -132,6 +137,39 @@ class FigureResult:
             raise CertificationError(
                 f"{path} holds no results of a figure: let fedsmooth reproduce write it anew."
             ) from error
+
+
+def refuse_other_data(plans: Sequence[FigurePlan]) -> None:
+    """Refuse to go on with models of other images, before one more is trained on these.
+
+    Raises:
+        ConfigError: naming a model of other images.
+        CertificationError: if the test set has fewer images than are to be certified.
+        DataError: when the data set cannot be loaded.
+    """
+    config = plans[0].config
+    train_set, test_set = (load_dataset(config.dataset, split) for split in ("train", "test"))
+    subset_indices(len(test_set), config.certification.num_images)
+    here = (train_set.info.fingerprint, test_set.info.fingerprint)
+    for member in (one for plan in plans for of in plan.members.values() for one in of):
+        trained_on, certified_on = _images_of(member)
+        for found, of_these in zip((trained_on, certified_on), here, strict=True):
+            if found not in (None, of_these):
+                raise ConfigError(
+                    f"{member.training.name} is of other images than {config.dataset.name} as it is set "
+                    "now: set dataset.name and dataset.root to the images of the models that are there, "
+                    "or name another folder with -o."
+                )
+
+
+def _images_of(member: Member) -> tuple[str | None, str | None]:
+    """Return the fingerprints of what a model was trained and certified on, as far as that is there."""
+    trained_on = certified_on = None
+    if member.training.run_directory.has_checkpoint(member.training.config.federation.num_rounds):
+        trained_on = str(_sidecar(member)["dataset"]["fingerprint"])
+        parameters = read_parameters(member.certifying.rows) or {}
+        certified_on = parameters.get("dataset")
+    return trained_on, certified_on
 
 
 def gather(plan: FigurePlan, scale: str, data: str, command: str, log: Log) -> FigureResult:
@@ -182,11 +220,7 @@ def _one_a_line(series: dict[str, Any]) -> str:
 
 def _fingerprints(members: Sequence[Member]) -> list[str]:
     """Return those of the training and the test set, which must be all members'."""
-    found = set()
-    for member in members:
-        certified_on = read_parameters(member.certifying.rows) or {}
-        trained_on = str(_sidecar(member)["dataset"]["fingerprint"])
-        found.add((trained_on, str(certified_on.get("dataset"))))
+    found = {tuple(str(one) for one in _images_of(member)) for member in members}
     if len(found) > 1:
         raise CertificationError(
             f"{members[0].training.name} and other models of its figure are of different images: "
@@ -210,11 +244,17 @@ def _radii(rows: Sequence[Any]) -> list[list[float | None]]:
     certified, radii = certified_at(rows, 0.0), radii_of(rows)
     return [
         [
-            round(float(r), _DIGITS) if is_certified else None
+            _rounded_down(float(r)) if is_certified else None
             for r, is_certified in zip(*one, strict=True)
         ]
         for one in zip(radii, certified, strict=True)
     ]
+
+
+def _rounded_down(radius: float) -> float:
+    """Shorten a radius, claiming no more than it did."""
+    unit = 10.0**_DIGITS
+    return math.floor(radius * unit) / unit
 
 
 def _model(
@@ -267,7 +307,8 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
         "loss": training.loss,
         "flip": config.dataset.flip,
         "crop_padding": config.dataset.crop_padding,
-        "aggregation": config.aggregation.rule,
+        "over_selection": config.federation.over_selection,
+        **to_flat(config.aggregation, "aggregation."),
         "num_images": terms.num_images,
         "training_precision": config.runtime.precision,
         "n0": terms.n0,

@@ -67,10 +67,13 @@ class SpeedUp:
     clients: int
     """Trained at once."""
 
-    def is_of(self, model: str, precision: str, attack_steps: int, num_noise_vectors: int) -> bool:
-        """Whether it was measured for this model and attack."""
-        found = (self.model, self.precision, self.attack_steps, self.num_noise_vectors)
-        return found == (model, precision, attack_steps, num_noise_vectors)
+    def is_of(
+        self, model: str, precision: str, attack_steps: int, num_noise_vectors: int, batch_size: int
+    ) -> bool:
+        """Whether it was measured for this model, attack and mini-batch."""
+        attack = (self.attack_steps, self.num_noise_vectors)
+        found = (self.model, self.precision, *attack, self.batch_size)
+        return found == (model, precision, attack_steps, num_noise_vectors, batch_size)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, for :meth:`from_json`."""
@@ -131,12 +134,14 @@ class SpeedMeasurement:
         except (OSError, ConfigError):
             return False
         config = self.config
+        batch_size = config.training.batch_size
         is_here = (found.device == "cpu") == (choose_device(config.runtime.device).type == "cpu")
         return is_here and found.is_of(
             config.model.name,
             config.runtime.precision,
             config.attack.attack_steps,
             config.smoothing.num_noise_vectors,
+            min(batch_size, config.partition.samples_per_client or batch_size),
         )
 
     def run(self, console: Console) -> None:

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from fedsmooth_core.certification.rows import parameters_path, read_parameters
 from fedsmooth_core.config import RunConfig, TrainingPlan
 from server.attacked import AttackTerms, attack_checkpoint
 from server.certify import certify_checkpoint
 from server.owed import ROWS, SUMMARY
+from server.report import rows_sha256
 from server.run_directory import RunDirectory
 
 
@@ -62,6 +64,14 @@ class Training:
         """The final model's weights."""
         return self.run_directory.checkpoint(self.config.federation.num_rounds)
 
+    def read_weights_sha256(self) -> str:
+        """Return the hash of the final model's weights.
+
+        Raises:
+            OSError, ValueError, TypeError, KeyError: while there is none, or its record is damaged.
+        """
+        return str(json.loads(self.checkpoint.with_suffix(".json").read_bytes())["sha256"])
+
     def work_left(self) -> int:
         run, num_rounds = self.run_directory, self.config.federation.num_rounds
         clients = 1 if self.is_centralized else self.config.cohort_size
@@ -90,10 +100,13 @@ class Training:
             run_centralized(config, console, observers)
         else:
             simulate(config, console, observers, progress.client_done)
-        self._keep_the_final_checkpoint()
+        self.keep_the_final_checkpoint()
 
-    def _keep_the_final_checkpoint(self) -> None:
-        """Drop those that were for an interruption: all figures of the paper are many models."""
+    def keep_the_final_checkpoint(self) -> None:
+        """Drop those that were for an interruption: all figures of the paper are many models.
+
+        A process may be killed before it does so: whoever goes on with the model calls it again.
+        """
         for weights in self.run_directory.checkpoints.glob("*.safetensors"):
             if weights != self.checkpoint:
                 weights.with_suffix(".json").unlink(missing_ok=True)
@@ -123,10 +136,16 @@ class Certifying:
         """Whether the summary is there, which comes last, and of these weights."""
         try:
             summary = json.loads((self.folder / SUMMARY).read_bytes())
-            weights = json.loads(self.model.checkpoint.with_suffix(".json").read_bytes())["sha256"]
-            return bool(summary["parameters"]["weights"] == weights)
+            return bool(summary["parameters"]["weights"] == self.model.read_weights_sha256())
         except (OSError, ValueError, TypeError, KeyError):
             return False
+
+    def _drop_those_of_other_weights(self) -> None:
+        """Drop the certificates of a model that was trained anew: nobody has that model any more."""
+        parameters = read_parameters(self.rows)
+        if parameters is not None and parameters.get("weights") != self.model.read_weights_sha256():
+            for path in (self.folder / SUMMARY, self.rows, parameters_path(self.rows)):
+                path.unlink(missing_ok=True)
 
     def work_left(self) -> int:
         if self._is_done():
@@ -139,6 +158,8 @@ class Certifying:
         return max(1, num_images - max(0, lines - 1)) * (terms.n0 + terms.n)
 
     def run(self, console: Console) -> None:
+        self.model.keep_the_final_checkpoint()
+        self._drop_those_of_other_weights()
         certify_checkpoint(self.model.checkpoint, self.config, self.folder, console)
 
 
@@ -163,10 +184,15 @@ class Attacking:
         return self.certified.folder / "attack-of-figure.json"
 
     def read(self) -> list[dict[str, Any]] | None:
-        """Return what was found at each radius; None while the model was not attacked on these terms."""
+        """Return what was found at each radius; None while the model was not attacked on these terms.
+
+        Another model's attack, or one of other certificates, is none of this.
+        """
         terms = self.terms
-        wanted = {"steps": terms.steps, "draws": terms.draws, "n": terms.n}
+        wanted: dict[str, Any] = {"steps": terms.steps, "draws": terms.draws, "n": terms.n}
         try:
+            wanted["weights"] = self.certified.model.read_weights_sha256()
+            wanted["rows"] = rows_sha256(self.certified.rows)
             content = json.loads(self.result.read_bytes())
             found: list[dict[str, Any]] = content["radii"]
             is_wanted = all(content["parameters"][key] == value for key, value in wanted.items())

@@ -54,13 +54,18 @@ class Log:
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
-        for text in self._path.read_text().splitlines() if self._path.is_file() else []:
+        for text in self._path.read_bytes().splitlines() if self._path.is_file() else []:
             try:
                 line = json.loads(text)
             except ValueError:  # torn by a crash
                 continue
             match line:
-                case {"task": str(), "category": str(), "work": int(), "seconds": float()}:
+                case {
+                    "task": str(),
+                    "category": str(),
+                    "work": int(work),
+                    "seconds": float(seconds),
+                } if work >= 0 and 0 < seconds < math.inf:
                     lines.append(line)
         return lines
 

@@ -1,6 +1,7 @@
 """From names of figures to models: the paper's settings, each model trained once, nothing done twice."""
 
 import functools
+import hashlib
 import io
 import json
 import math
@@ -53,6 +54,12 @@ ABLATIONS = ("fig3", "fig4")
 COMPARISONS = [name for name in SIGMA_AND_EPSILON if name not in ABLATIONS]
 SCALES = ("paper", "cpu")
 FEDERATED = federated_label(0.1, "stochastic")
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    """Plans are made of settings and files: CIFAR-10 itself is not here."""
+    monkeypatch.setattr(command, "refuse_other_data", lambda plans: None)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +116,13 @@ def begin(training):
     training.run_directory.record(training.config, "federated")
 
 
-def leave_attack(task):
+def leave_attack(task, **others):
     """Leave what a finished attack leaves, as far as it says whether it is done."""
     terms = task.terms
+    rows = hashlib.sha256(task.certified.rows.read_bytes()).hexdigest()
+    parameters = {"steps": terms.steps, "draws": terms.draws, "n": terms.n}
     content = {
-        "parameters": {"steps": terms.steps, "draws": terms.draws, "n": terms.n},
+        "parameters": parameters | {"weights": "of weights", "rows": rows} | others,
         "radii": [{"radius": radius} for radius in terms.radii],
     }
     task.result.write_text(json.dumps(content))
@@ -438,6 +447,9 @@ def test_a_folder_may_be_called_anything(tmp_path):
         (["dataset=cifar100"], ["dataset.name=cifar100 (was cifar10)"]),
         (["model=resnet20"], ["model.name=resnet20 (was alexnet)"]),
         (["aggregation.max_update_norm=3"], ["aggregation.max_update_norm=3.0 (was null)"]),
+        (["federation.over_selection=3"], ["federation.over_selection=3.0 (was 0.0)"]),
+        (["federation.quorum=1"], ["federation.quorum=1.0 (was 0.5)"]),
+        (["federation.max_num_examples=9"], ["federation.max_num_examples=9 (was null)"]),
     ],
 )
 def test_a_model_of_other_settings_is_refused(tmp_path, overrides, said):
@@ -578,12 +590,17 @@ def test_an_attack_is_done_when_its_figures_are_there_of_these_terms(tmp_path):
     work = terms.images * of_image
     assert (task.work_left(), task.read()) == (work, None)
     task.result.parent.mkdir(parents=True)
+    task.certified.rows.write_text("the rows")
+    touch_checkpoint(task.certified.model, 20)
     leave_attack(task)
     assert task.work_left() == 0
     assert task.read() == [{"radius": 0.25}, {"radius": 0.5}]
     others = [{"steps": 1}, {"draws": 1}, {"n": 50}, {"radii": (0.25,)}, {"radii": (0.5, 0.25)}]
     for other in others:
         leave_attack(replace(task, terms=replace(terms, **other)))
+        assert (task.work_left(), task.read()) == (work, None)
+    for other in ({"weights": "of others"}, {"rows": "others"}):
+        leave_attack(task, **other)
         assert (task.work_left(), task.read()) == (work, None)
     for text in ("", "{", "[]", "{}", '{"radii": []}', '{"radii": 5, "parameters": 3}'):
         task.result.write_text(text)
@@ -612,6 +629,12 @@ def test_a_log_adds_up_and_does_not_mind_a_torn_line(tmp_path):
     log.append(other, 1500, 1.0)
     with path.open("a") as file:
         file.write('["no", "line"]\n{"task": "train a", "seconds": 3.0}\n\n')
+    with path.open("ab") as file:
+        file.write(
+            b'\xff\xfe\n{"task": "train a", "category": "training", "work": 5, "seconds": 0.0}\n'
+        )
+        file.write(b'{"task": "train a", "category": "training", "work": 5, "seconds": Infinity}\n')
+        file.write(b'{"task": "train a", "category": "training", "work": -5, "seconds": 1.0}\n')
     assert log.seconds_of("train a") == 15
     assert log.seconds_of("certify a") == 1
     assert log.seconds_of("train b") is None
@@ -652,6 +675,7 @@ def finish(member):
     touch_checkpoint(member.training, 20)
     leave_metrics(member.training)
     member.certifying.folder.mkdir(parents=True, exist_ok=True)
+    member.certifying.rows.write_text("the rows")
     leave_summary(member.certifying)
     leave_attack(member.attacking)
 
@@ -659,7 +683,7 @@ def finish(member):
 def test_after_a_kill_what_is_left_is_the_plan(tmp_path, known_rate):
     text = shown(tmp_path, "fig3")
     assert left(text, SMOOTHADV).startswith("3 of 3 tasks")
-    assert "1 seed of each series: 12 tasks left" in text
+    assert "12 tasks left" in text
     members = members_of(ablation(tmp_path))
     finish(members[SMOOTHADV])
     members[SMOOTHADV].attacking.result.unlink()
@@ -681,6 +705,7 @@ def test_what_would_compare_nothing_is_refused(tmp_path):
     for override, said in [
         ("certification.num_images=1", "compares nothing"),
         ("certification.method=sequential", "radii on a grid alone"),
+        ("certification.radius_step=0.0001", "too small for radii up to"),
     ]:
         with pytest.raises(ConfigError, match=said):
             make_plan([FIGURES["fig1"]], "cpu", 1, [override], tmp_path)

@@ -7,14 +7,18 @@ import re
 from dataclasses import replace
 
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from fedsmooth_core.certification.comparison import Ratio, Verdict
 from fedsmooth_core.certification.row_format import HEADER, CertifiedRow, format_row
 from fedsmooth_core.certification.rows import parameters_path
+from fedsmooth_core.data import load_dataset
 from fedsmooth_core.durable import try_lock
 from fedsmooth_core.errors import CertificationError, ConfigError, TrainingError
+from server.report import rows_sha256
 from server.reproduction import reproduce as command
+from server.reproduction import tasks
 from server.reproduction.checks import CLOSE, COHEN, MUCH, checks_in, checks_of
 from server.reproduction.drawing import draw, title
 from server.reproduction.figures import (
@@ -33,7 +37,13 @@ from server.reproduction.figures import (
 from server.reproduction.page import markdown, page_of, print_figure, table_radii
 from server.reproduction.plan import make_plan, results_folder
 from server.reproduction.reproduce import reproduce
-from server.reproduction.results import FigureResult, ModelResult, SeriesResult, gather
+from server.reproduction.results import (
+    FigureResult,
+    ModelResult,
+    SeriesResult,
+    gather,
+    refuse_other_data,
+)
 from server.reproduction.speed import SpeedUp
 from server.reproduction.tasks import Attacking, Certifying, Training
 from server.reproduction.timing import Log
@@ -64,7 +74,10 @@ SETTINGS = {
     "loss": "smoothed",
     "flip": False,
     "crop_padding": 0,
-    "aggregation": "fedavg",
+    "over_selection": 0.0,
+    "aggregation.rule": "fedavg",
+    "aggregation.trimmed-fraction": 0.2,
+    "aggregation.num-malicious": 1,
     "num_images": 500,
     "certification_precision": "bfloat16",
     "radius_step": 0.25,
@@ -536,9 +549,18 @@ def test_rounds_that_changed_nothing_are_said():
     assert check.measured[2].endswith("for want of good replies: 3")
 
 
-def test_a_radius_at_the_cap_is_sane_though_it_is_rounded():
+def test_a_radius_at_the_cap_is_sane_and_none_beyond_it():
     cap = attacked().largest_radius
-    assert verdict(attacked(ATTACK, radius=round(cap + 5e-7, 6)), "The certificates pass") == HOLDS
+    for radius, wanted in [(cap, HOLDS), (cap - 1e-6, HOLDS), (cap + 1e-9, DOES_NOT_HOLD)]:
+        assert verdict(attacked(ATTACK, radius=radius), "The certificates pass") == wanted
+
+
+@pytest.mark.parametrize("statement", ["Adversarial training alone", "Smoothing is much better"])
+def test_an_ablation_of_models_that_know_nothing_decides_nothing(statement):
+    shares = dict.fromkeys(("standard", "adversarial", "noise", "smoothadv"), 0.1)
+    assert verdict(ablation(**shares), statement) == NOT_DECIDED
+    # One curve that knows something tells that the others could have learned it.
+    assert verdict(ablation(**shares | {"noise": 0.4}), statement) != NOT_DECIDED
 
 
 @pytest.mark.parametrize(
@@ -580,6 +602,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
         lambda text: text.replace('"seed"', '"sead"', 1),
         lambda text: text.replace('"label"', '"name"', 1),
         lambda text: text.replace('"sigma"', '"sigmo"', 1),
+        lambda text: text.replace('"momentum"', '"momemtum"', 1),
         lambda text: text.replace('"models": [', '"models": [5, ', 1),
         lambda text: "\xff",
     ],
@@ -634,6 +657,7 @@ def certify(task, console, rows=ROWS, dataset="of test"):
 def attack(task, console):
     terms = task.terms
     parameters = {"steps": terms.steps, "draws": terms.draws, "n": terms.n}
+    parameters |= {"weights": "of weights", "rows": rows_sha256(task.certified.rows)}
     found = [ATTACK | {"radius": radius} for radius in terms.radii]
     task.result.write_text(json.dumps({"parameters": parameters, "radii": found, "holds": True}))
 
@@ -648,6 +672,7 @@ def instant(monkeypatch):
 
     monkeypatch.setattr(command, "draw", draw_nothing)
     monkeypatch.setattr(command, "measured_rate", lambda config: 1e9)
+    monkeypatch.setattr(command, "refuse_other_data", lambda plans: None)
     monkeypatch.setattr(Training, "run", train)
     monkeypatch.setattr(Certifying, "run", certify)
     monkeypatch.setattr(Attacking, "run", attack)
@@ -681,9 +706,9 @@ def test_gathered_is_what_is_finished(tmp_path, console):
     (one,) = result.of(SMOOTHADV).models
     assert one.seed == 0
     # None where the model is wrong or abstains; a radius of 0 is right.
-    assert one.radii == [0.123457, None, None, 0.0]
+    assert one.radii == [0.123456, None, None, 0.0]  # rounded down: it claims no more
     assert result.of(SMOOTHADV).outcomes(0).tolist() == [[True, False, False, True]]
-    assert result.of(SMOOTHADV).average_certified_radius == pytest.approx([0.123457 / 4])
+    assert result.of(SMOOTHADV).average_certified_radius == pytest.approx([0.123456 / 4])
     assert (one.clean_accuracy, one.noisy_accuracy) == (0.2, 0.1)
     assert (one.train_seconds, one.certify_seconds) == (3.0, 7.0)
     assert one.attack == [ATTACK, ATTACK | {"radius": 0.5}]
@@ -720,14 +745,14 @@ def test_images_may_be_in_any_order_and_must_be_the_same(tmp_path, console):
 # The command
 
 
-def run(root, *words, num_seeds=1, failure=None):
+def run(root, *words, num_seeds=1, failure=None, data=None):
     """Reproduce figures; return what is printed. ``failure`` is what it ends with."""
     console = Console(file=io.StringIO(), width=200)
     ends = contextlib.nullcontext()
     if failure is not None:
         ends = pytest.raises(TrainingError, match=failure)
     with ends:
-        reproduce(words, "cpu", num_seeds, root, None, False, console)
+        reproduce(words, "cpu", num_seeds, root, data, False, console)
     return console.file.getvalue()
 
 
@@ -749,15 +774,103 @@ def test_a_figure_is_made_and_a_second_time_nothing_is_left(tmp_path, instant):
 def test_figures_share_models_and_speak_of_each_other(tmp_path, instant):
     run(tmp_path, "fig3")
     text = run(tmp_path, "fig4", "fig3")
-    assert "1 seed of each series: 10 tasks left" in text
+    assert "10 tasks left" in text
     assert text.count("Larger sigma is lower but wider (0.5 against 0.25") == 2
 
 
 def test_more_seeds_are_added_to_what_is_there(tmp_path, instant):
     run(tmp_path, "fig3")
     text = run(tmp_path, "fig3", num_seeds=3)
-    assert "3 seeds of each series: 16 tasks left" in text
+    assert "16 tasks left" in text
+    assert re.search(r"fig3 +3 +SmoothAdv", text)
     assert text.count("3 seeds x 4 images") == 3
+
+
+def test_the_name_of_the_data_stays_and_the_command_makes_all_of_the_figure(tmp_path, instant):
+    path = results_folder(tmp_path, "cpu") / "fig3.json"
+    run(tmp_path, "fig3", "training.momentum=0.5", num_seeds=2, data="My digits")
+    wanted = (
+        "fedsmooth reproduce fig3 --scale cpu --seeds 2 --data 'My digits' training.momentum=0.5"
+    )
+    for _ in range(2):
+        result = FigureResult.load(path)
+        assert (result.data, result.command) == ("My digits", wanted)
+        # Another process, that says less: what is shown is still of two seeds.
+        run(tmp_path, "fig4", "fig3", "training.momentum=0.5")
+
+
+def test_what_was_measured_is_not_lost(tmp_path, instant):
+    path = results_folder(tmp_path, "cpu") / "fig3.json"
+    run(tmp_path, "fig3", num_seeds=2)
+    done = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"was measured with other settings, namely n=500 \(was"):
+        run(tmp_path, "fig3", "certification.n=500")
+    member = planned(tmp_path, num_seeds=2).members[NOISE][1]
+    (member.certifying.folder / "summary.json").unlink()
+    lost = r"shows a model that would be lost \(.*, seed 1\).* give --seeds 2 or more"
+    for num_seeds in (1, 2):
+        with pytest.raises(ConfigError, match=lost):
+            run(tmp_path, "fig3", num_seeds=num_seeds)
+    assert path.read_bytes() == done
+    path.rename(path.with_suffix(".old"))
+    assert "1 task left" in run(tmp_path, "fig3", num_seeds=2)
+    assert len(FigureResult.load(path).of(NOISE).models) == 2
+    # The step of the table's radii is free: nothing else was measured.
+    assert "0.1" in run(tmp_path, "fig3", "certification.radius_step=0.1", num_seeds=2)
+
+
+def test_models_of_other_images_are_refused_before_anything_is_trained(tmp_path, console):
+    overrides = ["dataset=digits", "model=small_cnn", "certification.num_images=4"]
+    (plan,) = make_plan([FIGURES["fig3"]], "cpu", 1, overrides, tmp_path)
+    refuse_other_data([plan])
+    member = plan.members[NOISE][0]
+    train(member.training, console)
+    with pytest.raises(ConfigError, match=f"{member.training.name} is of other images than digits"):
+        refuse_other_data([plan])
+    images = load_dataset(plan.config.dataset, "train").info.fingerprint
+    sidecar = member.training.checkpoint.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace("of training", images))
+    refuse_other_data([plan])
+    certify(member.certifying, console)
+    with pytest.raises(ConfigError, match="is of other images"):
+        refuse_other_data([plan])
+
+
+def test_more_images_than_there_are_is_told_before_anything_is_trained(tmp_path):
+    words = ["fig3", "dataset=digits", "model=small_cnn"]
+    with pytest.raises(CertificationError, match="num_images=500 cannot be taken from 359"):
+        run(tmp_path, *words)
+    assert not (tmp_path / "models").exists()
+
+
+def test_certificates_of_a_model_that_was_trained_anew_are_made_anew(
+    tmp_path, console, monkeypatch
+):
+    task = planned(tmp_path).members[SMOOTHADV][0].certifying
+    rows = []
+    monkeypatch.setattr(tasks, "certify_checkpoint", lambda *_: rows.append(task.rows.exists()))
+    train(task.model, console)
+    for weights, is_kept in (("of weights", True), ("of others", False)):
+        certify(task, console)
+        parameters_path(task.rows).write_text(json.dumps({"weights": weights}))
+        task.run(console)
+        assert rows.pop() == is_kept
+        assert parameters_path(task.rows).exists() == is_kept
+        assert (task.folder / "summary.json").exists() == is_kept
+
+
+def test_whoever_goes_on_with_a_model_drops_its_other_checkpoints(tmp_path, console, monkeypatch):
+    """As a process leaves them that is killed right after the last round."""
+    task = planned(tmp_path).members[SMOOTHADV][0].certifying
+    monkeypatch.setattr(tasks, "certify_checkpoint", lambda *_: None)
+    train(task.model, console)
+    for server_round in (0, 5, 15):
+        weights = task.model.run_directory.checkpoint(server_round)
+        weights.touch()
+        weights.with_suffix(".json").touch()
+    task.run(console)
+    final = task.model.checkpoint
+    assert set(final.parent.iterdir()) == {final, final.with_suffix(".json")}
 
 
 def test_a_model_that_diverges_leaves_the_others(tmp_path, instant, monkeypatch):
@@ -793,7 +906,7 @@ def test_a_figure_of_which_no_model_could_be_trained_says_so(tmp_path, instant, 
     monkeypatch.setattr(Training, "run", diverge)
     text = run(tmp_path, "fig3", failure="Failed, as said above: train .*, train ")
     assert text.count("Failed: ") == 4
-    assert "fig3: none of its models could be trained." in text
+    assert "fig3: none of its models is certified yet." in text
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path, instant):
@@ -863,6 +976,24 @@ def test_every_kind_of_figure_is_drawn_with_a_curve_a_series(tmp_path, result):
         assert (f"<!-- {one.label} -->" in text) == bool(one.models)
     assert f"<!-- {title(result)} -->" in text
     assert "<!-- certified accuracy -->" in text
+
+
+def test_a_curve_is_certified_accuracy_against_the_radius(tmp_path, monkeypatch):
+    drawn = {}
+    really_plot = Axes.plot
+
+    def plot(axes, radii, shares, *, label, **style):
+        drawn[label] = dict(zip(radii, shares, strict=True))
+        return really_plot(axes, radii, shares, label=label, **style)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    result = figure("fig3", series(SMOOTHADV, (0.2, 0.5), (0.3, 0.1)), series(STANDARD, (0.1, 0.3)))
+    draw(result, tmp_path / "fig3")
+    falls = {SMOOTHADV: [(0.1, 0.5), (0.5, 0.2)], STANDARD: [(0.3, 0.1)]}
+    for label, steps in falls.items():
+        for radius, share in drawn[label].items():
+            wanted = next((s for end, s in steps if radius <= end), 0.0)
+            assert share == pytest.approx(wanted), (label, radius)
 
 
 def test_a_title_says_figure_settings_data_and_scale():
@@ -982,3 +1113,8 @@ def test_a_page_has_all_figures_of_all_scales_in_the_papers_order(tmp_path):
     assert "| Figure 1, Figure 3, Figure 2; cpu | Larger sigma is lower but wider" in verdicts
     assert text.count("Larger sigma is lower but wider") == 1 + 3
     assert page_of(tmp_path / "nowhere").count("\n") == 1
+    # One that is damaged does not take the others with it.
+    (tmp_path / "cpu" / "fig2.json").write_text("{")
+    text = page_of(tmp_path)
+    assert "fig2.json holds no results of a figure" in text
+    assert text.count("\n### ") == 3
