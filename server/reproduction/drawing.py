@@ -59,7 +59,8 @@ def draw(result: FigureResult, stem: Path) -> list[Path]:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_xlabel(r"$\ell_2$ radius (images in [0, 1])")
     axes.set_ylabel("certified accuracy")
-    axes.set_title(title(result), fontsize="medium", loc="left", wrap=True)
+    # On two lines, for a long name of the data would not fit on one.
+    axes.set_title(title(result).replace("; ", "\n"), fontsize="medium", loc="left")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

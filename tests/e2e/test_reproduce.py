@@ -138,7 +138,7 @@ def test_killed_at_all_kinds_of_work_it_ends_with_the_same_results(tmp_path):
     assert len(tasks) == len(set(tasks))
     assert NUM_TASKS - len(LIVES) <= len(tasks) <= NUM_TASKS
     # The last process did what was left.
-    (left,) = re.findall(r"of each series: (\d+) tasks? left", output)
+    (left,) = re.findall(r"^(\d+) tasks? left", output, re.MULTILINE)
     assert len(re.findall(r"\d+ tasks? left, about", output)) == int(left) + 1
     assert 0 < int(left) < NUM_TASKS - 4
 
@@ -148,6 +148,10 @@ def test_killed_at_all_kinds_of_work_it_ends_with_the_same_results(tmp_path):
         for ending in ("png", "svg"):
             assert (killed / FOLDER / "results" / "cpu" / f"{name}.{ending}").is_file()
     weights = f"models/*/checkpoints/round-{ROUNDS:04d}.safetensors"
+    # Checkpoints that were for an interruption are gone.
+    assert (
+        files(killed, weights).keys() == files(killed, "models/*/checkpoints/*.safetensors").keys()
+    )
     pairs = zip(files(killed, weights).items(), files(calm, weights).items(), strict=True)
     for (path, ours), (same_path, theirs) in pairs:
         assert path == same_path

@@ -974,7 +974,8 @@ def test_every_kind_of_figure_is_drawn_with_a_curve_a_series(tmp_path, result):
     assert text.rstrip().endswith("</svg>")
     for one in result.series:
         assert (f"<!-- {one.label} -->" in text) == bool(one.models)
-    assert f"<!-- {title(result)} -->" in text
+    for line in title(result).split("; "):
+        assert f"<!-- {line} -->" in text
     assert "<!-- certified accuracy -->" in text
 
 
