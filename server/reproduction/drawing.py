@@ -19,6 +19,7 @@ from server.reproduction.results import FigureResult
 _GRID_POINTS = 600
 # Okabe and Ito's colours. In a comparison the colour says who trains and the line says the estimator.
 _BLACK, _BLUE, _ORANGE, _GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+_GREY = "#606060"
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _BLACK)
 _LINES = ("-", "--", "-.", ":")
 
@@ -56,6 +57,19 @@ def draw(result: FigureResult, stem: Path) -> list[Path]:
         )
     axes.set_xlim(0, grid[-1])
     axes.set_ylim(0, None)
+    cap = result.largest_radius
+    if cap < grid[-1]:
+        # Where the curves end is no fact about the models.
+        axes.axvline(cap, color=_GREY, linestyle=":", linewidth=0.8)
+        axes.text(
+            cap,
+            0.02,
+            f"{result.settings['n']:,} draws certify no more ",
+            transform=axes.get_xaxis_transform(),
+            horizontalalignment="right",
+            color=_GREY,
+            fontsize="small",
+        )
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_xlabel(r"$\ell_2$ radius (images in [0, 1])")
     axes.set_ylabel("certified accuracy")

@@ -979,6 +979,13 @@ def test_every_kind_of_figure_is_drawn_with_a_curve_a_series(tmp_path, result):
     assert "<!-- certified accuracy -->" in text
 
 
+def test_a_picture_says_where_draws_and_not_models_end_the_curves(tmp_path):
+    cap = comparison().largest_radius
+    for radius, is_said in [(cap, True), (cap / 2, False)]:
+        _, svg = draw(figure("fig3", series(SMOOTHADV, (0.2, radius))), tmp_path / "fig3")
+        assert ("1,000 draws certify no more" in svg.read_text()) == is_said
+
+
 def test_a_curve_is_certified_accuracy_against_the_radius(tmp_path, monkeypatch):
     drawn = {}
     really_plot = Axes.plot
