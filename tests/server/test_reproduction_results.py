@@ -947,6 +947,7 @@ def test_what_else_is_known_on_the_same_terms_is_taken_from_the_folder(tmp_path)
         replace(speed, model="small_cnn"),
         replace(speed, precision="float32"),
         replace(speed, attack_steps=3),
+        replace(speed, batch_size=2),
         replace(speed, num_noise_vectors=4),
     ):
         different.save(tmp_path / "speed.json")
