@@ -178,6 +178,10 @@ def _labels_from_settings(settings: Sequence[Mapping[str, Scalar]]) -> list[str]
     ]
 
 
+MOST_RADII = 1000
+"""Of a table."""
+
+
 def table_radii(curves: Sequence[Curve], radius_step: float) -> list[float]:
     """Multiples of the step, from 0 to the first at which no curve has any image left.
 
@@ -185,10 +189,10 @@ def table_radii(curves: Sequence[Curve], radius_step: float) -> list[float]:
         CertificationError: unless the step is > 0 and makes at most 1,000 radii.
     """
     largest = max(float(curve.rows.radius.max()) for curve in curves)
-    if not (0 < radius_step < math.inf and largest / radius_step < 1000):
+    if not (0 < radius_step < math.inf and largest / radius_step < MOST_RADII):
         raise CertificationError(
             f"radius_step={radius_step} does not suit radii up to {largest:.3g}: allowed is a step "
-            "> 0 that makes at most 1,000 radii."
+            f"> 0 that makes at most {MOST_RADII:,} radii."
         )
     # Rounded so that 3 steps of 0.1 read 0.3.
     return [round(i * radius_step, 12) for i in range(int(largest / radius_step) + 2)]

@@ -10,6 +10,7 @@ from fedsmooth_core.config import CertificationConfig, RunConfig, Scalar, to_fla
 from fedsmooth_core.errors import ConfigError
 from server.attacked import AttackTerms
 from server.configuration import CONF, compose, load
+from server.report import MOST_RADII
 from server.reproduction.figures import Figure, Series
 from server.reproduction.speed import SpeedMeasurement
 from server.reproduction.tasks import Attacking, Certifying, Task, Training
@@ -18,7 +19,6 @@ SCALES = ("paper", *sorted(path.stem for path in (CONF / "scale").glob("*.yaml")
 """``paper`` is the size that the experiments are written in; the others are files of conf/scale."""
 
 _CENTRALIZED_BATCH = 60
-_MOST_RADII = 1000  # of a summary's table
 _CHECKPOINT_EVERY = 5
 _ATTACK = {"steps": 10, "draws": 8, "n": 500, "images": 100}
 
@@ -62,6 +62,11 @@ class FigurePlan:
     def config(self) -> RunConfig:
         """Settings of the figure's first series, which all of them share but for what a series is."""
         return next(iter(self.members.values()))[0].certifying.config
+
+    @property
+    def num_seeds(self) -> int:
+        """Models of each series."""
+        return len(next(iter(self.members.values())))
 
     @property
     def chains(self) -> list[list[Task]]:
@@ -156,10 +161,10 @@ def _refuse_terms(config: RunConfig) -> None:
             "about r = sigma: allowed is fixed."
         )
     largest = certified_radius(p_a_lower(terms.n, terms.n, terms.alpha), config.certified_sigma)
-    if largest / terms.radius_step >= _MOST_RADII:
+    if largest / terms.radius_step >= MOST_RADII:
         raise ConfigError(
             f"certification.radius_step={terms.radius_step:g} is too small for radii up to {largest:.3g}: "
-            f"allowed is a step that makes fewer than {_MOST_RADII} of them."
+            f"allowed is a step that makes fewer than {MOST_RADII} of them."
         )
 
 

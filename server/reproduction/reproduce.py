@@ -49,7 +49,8 @@ def reproduce(
         scale: ``paper``, or a file of conf/scale.
         num_seeds: models of each series.
         root: folder of all models, certificates and figures; None is ``runs/reproduce-<scale>``.
-        data: what to call the data set in the results; None takes its name in the settings.
+        data: what to call the data set in the results; None keeps the name that a figure's results have,
+            or else takes the one in the settings.
         only_plan: show what is left and how long it takes, and do nothing.
         console: for the plan, progress and results.
 
@@ -202,8 +203,8 @@ class _Reproduction:
 
     def _command(self, plan: FigurePlan, data: str) -> str:
         """Return what makes this figure from nothing, whatever number of commands made it."""
-        seeds = len(next(iter(plan.members.values())))
-        words = ["reproduce", plan.figure.name, "--scale", self.scale, "--seeds", str(seeds)]
+        words = ["reproduce", plan.figure.name, "--scale", self.scale]
+        words += ["--seeds", str(plan.num_seeds)]
         if data != plan.config.dataset.name:
             words += ["--data", data]
         return f"fedsmooth {shlex.join([*words, *self.overrides])}"
@@ -221,7 +222,7 @@ def _show_plan(plans: Sequence[FigurePlan], rates: dict[str, float], console: Co
     table = Table(*columns, title_justify="left", box=None)
     said: set[str] = set()
     for plan in plans:
-        name, seeds = plan.figure.name, str(len(next(iter(plan.members.values()))))
+        name, seeds = plan.figure.name, str(plan.num_seeds)
         for label, members in plan.members.items():
             tasks = [task for member in members for task in member.tasks]
             left = [task for task in tasks if task.work_left() and task.title not in said]
